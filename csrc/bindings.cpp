@@ -1,0 +1,132 @@
+// torch's side of the extension, and the only file that knows torch: the trilby:: operators on CPU tensors, through the
+// LibTorch stable ABI. Arguments arrive checked by kernels/ops.py's schemas and by the functions that call them; what
+// would make a kernel read outside its tensors is checked here again.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using trilby::Dtype;
+using trilby::View;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "trilby: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+View view_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// [B, H, T, D] in the memory order (B, T, H, D): what a projection of all heads reads without a copy.
+Tensor empty_heads_inside(int64_t B, int64_t H, int64_t T, int64_t D, ScalarType dtype) {
+  return empty({B, H, T, D}, {T * H * D, D, H * D, 1}, dtype);
+}
+
+// torch's own threads. A call from inside a parallel region runs all workers in turn on the calling thread.
+const trilby::Threads torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t workers, void (*body)(int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t worker = begin; worker < end; worker++) body(worker, context);
+            });
+          }};
+}
+
+trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
+                                       double scale) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "trilby::attention: query, key and value must be [B, H, T, D]");
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
+                  "trilby::attention: sizes of query, key and value do not agree");
+  STD_TORCH_CHECK(k[1] > 0 ? q[1] % k[1] == 0 : q[1] == 0,
+                  "trilby::attention: query has ", q[1], " heads, not a multiple of key's ", k[1]);
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+                  "trilby::attention: query, key and value must have one dtype");
+  return {q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype_of(query, "query"), static_cast<float>(scale), is_causal};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
+                                     double scale) {
+  const auto shape = attention_shape(query, key, value, is_causal, scale);
+  const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
+  Tensor output = empty_heads_inside(B, H, T, shape.value_dim, query.scalar_type());
+  Tensor logsumexp = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
+  trilby::kernels().attention_forward({shape, view_of(query), view_of(key), view_of(value), view_of(output),
+                                       logsumexp.mutable_data_ptr<float>()},
+                                      torch_threads());
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                      const Tensor& value, const Tensor& output,
+                                                      const Tensor& logsumexp, bool is_causal, double scale) {
+  const auto shape = attention_shape(query, key, value, is_causal, scale);
+  const int64_t B = shape.batch, S = shape.key_length;
+  STD_TORCH_CHECK(logsumexp.is_contiguous(), "trilby::attention_backward: logsumexp must be contiguous");
+  const auto dtype = query.scalar_type();
+  Tensor grad_query = empty_heads_inside(B, shape.query_heads, shape.query_length, shape.head_dim, dtype);
+  Tensor grad_key = empty_heads_inside(B, shape.key_heads, S, shape.head_dim, dtype);
+  Tensor grad_value = empty_heads_inside(B, shape.key_heads, S, shape.value_dim, dtype);
+  trilby::kernels().attention_backward(
+      {shape, view_of(query), view_of(key), view_of(value), view_of(output), view_of(grad_output),
+       logsumexp.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key), view_of(grad_value)},
+      torch_threads());
+  return {grad_query, grad_key, grad_value};
+}
+
+std::string cpu_levels() {
+  int count = 0;
+  const trilby::Kernels* const* levels = trilby::available_levels(&count);
+  std::string names;
+  for (int i = 0; i < count; i++) names += (i ? " " : "") + std::string(levels[i]->level);
+  return names;
+}
+
+std::string cpu_level() { return trilby::kernels().level; }
+
+bool use_cpu_level(std::string level) { return trilby::use_level(level.c_str()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
+  library.def("cpu_levels() -> str");
+  library.def("cpu_level() -> str");
+  library.def("use_cpu_level(str level) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
+  library.impl("cpu_levels", TORCH_BOX(&cpu_levels));
+  library.impl("cpu_level", TORCH_BOX(&cpu_level));
+  library.impl("use_cpu_level", TORCH_BOX(&use_cpu_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(trilby, CPU, library) {
+  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward));
+}

@@ -1,0 +1,11 @@
+// The kernels of one instruction-set level, each in the file of its name.
+#pragma once
+
+#include "kernels.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+void attention_forward(const AttentionForward&, const Threads&);
+void attention_backward(const AttentionBackward&, const Threads&);
+
+}  // namespace trilby::TRILBY_LEVEL

@@ -1,0 +1,78 @@
+// The one matrix product that attention is made of, forward and backward: a register tile of ROWS x C vectors.
+//
+// out[r][c] (+)= sum over k of a[r][k] · b[k][c], with a read one element at a time (broadcast to all lanes, so any
+// stride will do and K and V need no transposition) and b and out as vectors. Each step of k costs C vector loads and
+// ROWS broadcasts for ROWS · C multiply-adds.
+#pragma once
+
+#include "vector.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+#ifndef TRILBY_ROWS
+#define TRILBY_ROWS (LANES == 16 ? 8 : 6)
+#endif
+constexpr int ROWS = TRILBY_ROWS;
+
+// A float matrix; strides count elements.
+struct Operand {
+  const float* data;
+  int64_t row, step;  // from one row r to the next, from one k to the next
+};
+
+enum class Start {
+  zero,     // out = a · b
+  resume,   // out = out + a · b
+  rescale,  // out = out · factor + a · b, with one factor for each column
+};
+
+// `lanes` (masked products only) is first_lane - k: column c takes part in step k where c >= k - shift.
+template <int R, int C, Start START, bool MASKED>
+static inline void product_tile(Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
+                                const float* factor, int64_t steps, int64_t shift) {
+  Vector sum[R][C];
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) {
+      if constexpr (START == Start::zero) sum[r][c] = Vector{};
+      if constexpr (START == Start::resume) sum[r][c] = load(out + r * out_row + c * LANES);
+      if constexpr (START == Start::rescale) {
+        sum[r][c] = load(out + r * out_row + c * LANES) * load(factor + c * LANES);
+      }
+    }
+  }
+  for (int64_t k = 0; k < steps; k++) {
+    Vector columns[C];
+    for (int c = 0; c < C; c++) columns[c] = load(b + k * b_step + c * LANES);
+    for (int r = 0; r < R; r++) {
+      const Vector element = broadcast(a.data[r * a.row + k * a.step]);
+      for (int c = 0; c < C; c++) {
+        if constexpr (MASKED) {
+          const Vector column = lane_numbers() + static_cast<float>(c * LANES);
+          sum[r][c] += column >= static_cast<float>(k - shift) ? element * columns[c] : Vector{};
+        } else {
+          sum[r][c] += element * columns[c];
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int c = 0; c < C; c++) store(out + r * out_row + c * LANES, sum[r][c]);
+  }
+}
+
+// C vectors of columns, any number of rows: tiles of ROWS, then of the powers of two below it.
+template <int C, Start START, bool MASKED = false, int R = ROWS>
+static inline void product(int64_t rows, Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
+                           const float* factor, int64_t steps, int64_t shift = 0) {
+  for (; rows >= R; rows -= R) {
+    product_tile<R, C, START, MASKED>(a, b, b_step, out, out_row, factor, steps, shift);
+    a.data += R * a.row;
+    out += R * out_row;
+  }
+  if constexpr (R > 1) {
+    constexpr int SMALLER = R > 4 ? 4 : R / 2;
+    if (rows > 0) product<C, START, MASKED, SMALLER>(rows, a, b, b_step, out, out_row, factor, steps, shift);
+  }
+}
+
+}  // namespace trilby::TRILBY_LEVEL

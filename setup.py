@@ -1,0 +1,115 @@
+"""Builds trilby's one optional part, the C++ extension for CPUs; everything else is in pyproject.toml.
+
+The kernels are compiled once per instruction-set level into one shared object that picks a level when it is loaded.
+It is linked against the LibTorch stable ABI alone, so one object serves every torch from 2.10 on and every Python.
+Nothing here may fail an installation: without torch, a compiler or ninja, trilby installs without the extension.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+PER_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "norm.cpp", "level.cpp"]
+ONCE = ["bindings.cpp", "isa.cpp", "scratch.cpp"]
+X86_V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+X86_V4 = [
+    *X86_V3,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512cd",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+]
+LEVELS = {
+    "x86_64": {"baseline": ["-march=x86-64-v2"], "avx2": X86_V3, "avx512": X86_V4},
+    "aarch64": {"baseline": []},
+}
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
+# gcc 12 takes its own _mm512_undefined for a mistake, and notes that vectors have no common ABI, which nothing exports.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI has parallel_for
+
+
+class BuildOptionalExtension(build_ext):
+    """Writes a build.ninja of every source at every level and runs it; on any failure says so and installs without."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build `ext`, or explain why trilby is installed without it."""
+        try:
+            self.run_ninja(Path(self.get_ext_fullpath(ext.name)).absolute())
+        except (ImportError, OSError, subprocess.CalledProcessError) as failure:
+            print(f"\ntrilby: installing WITHOUT the C++ extension: {failure}", file=sys.stderr)
+            print(
+                "trilby: `python -m trilby.kernels` says what that means and how to get it.\n",
+                file=sys.stderr,
+            )
+
+    def run_ninja(self, output: Path) -> None:
+        """Compile and link `output`."""
+        # An isolated build hides the user's torch; its headers are where the interpreter keeps its packages.
+        sys.path.append(sysconfig.get_path("purelib"))
+        from ninja import BIN_DIR, ninja_syntax
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        compiler = next(filter(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"]), None)
+        if compiler is None:
+            raise OSError("no C++ compiler: neither $CXX, c++, g++ nor clang++ is on PATH")
+        build = Path(self.build_temp).absolute()
+        build.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-isystem{path}" for path in include_paths()]
+        with (build / "build.ninja").open("w") as file:
+            ninja = ninja_syntax.Writer(file)
+            ninja.rule(
+                "compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc"
+            )
+            ninja.rule("link", f"{compiler} -shared $in $flags -o $out")
+            objects = []
+
+            def compile_source(source: str, name: str, flags: list[str]) -> None:
+                objects.append(f"{name}.o")
+                ninja.build(
+                    objects[-1],
+                    "compile",
+                    str((CSRC / source).absolute()),
+                    variables={"flags": " ".join(flags)},
+                )
+
+            for source in ONCE:
+                target = (
+                    [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source == "bindings.cpp" else []
+                )
+                compile_source(source, Path(source).stem, [*COMMON, *target])
+            for level, flags in LEVELS.get(platform.machine(), {"baseline": []}).items():
+                for source in PER_LEVEL:
+                    compile_source(
+                        source, f"{level}/{Path(source).stem}", [*COMMON, *flags, f"-DTRILBY_LEVEL={level}"]
+                    )
+            libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+            ninja.build(str(output), "link", objects, variables={"flags": " ".join(libraries)})
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+        subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build), *jobs], check=True)
+
+
+setup(
+    ext_modules=[Extension("trilby.kernels._native", [], optional=True, py_limited_api=True)],
+    cmdclass={"build_ext": BuildOptionalExtension},
+)
