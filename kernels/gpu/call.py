@@ -1,0 +1,50 @@
+"""One kernel launch as data: run it on a device, or hand it to `compile.py` for a device that is not here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel, its grid, its arguments by name and its launch options.
+
+    The tensors may lie on the meta device: then the call can be compiled, not run.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    options: Mapping[str, int]
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`; an empty grid is no launch."""
+        if 0 in self.grid:
+            return
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            # Contraction of a * b + c is what a GPU does by default; triton 3.9 warns unless it is asked for.
+            self.kernel[self.grid](**self.arguments, **self.options, enable_fp_fusion=True)
+
+
+def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
+    """The strides of `tensor` as the kernels name them: `query_stride_b`, `query_stride_h`, ..."""
+    return {f"{name}_stride_{dim}": stride for dim, stride in zip(dims, tensor.stride())}
+
+
+def alignment_of(*tensors: torch.Tensor) -> int:
+    """The elements that every stride but the last of every tensor is a multiple of: 16 bytes' worth, or 1.
+
+    A kernel that knows this moves 16 bytes with one instruction whatever the lengths are, so that a new
+    length needs no new compilation (Triton's own rule, stride % 16 == 0, is stricter than the hardware's).
+    """
+    elements = min(16 // tensor.element_size() for tensor in tensors)
+    is_aligned = all(
+        stride % (16 // tensor.element_size()) == 0 for tensor in tensors for stride in tensor.stride()[:-1]
+    )
+    return elements if is_aligned else 1

@@ -1,0 +1,130 @@
+"""Compile any launch for any GPU, with no GPU at hand, and read in the machine code what became of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .call import Call
+from .targets import Target
+
+TRITON_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+# The instruction that multiplies matrices, by architecture, as it reads in SASS or in AMD's assembly.
+MATRIX_INSTRUCTION = {
+    "sm_80": r"\bHMMA\.",
+    "sm_86": r"\bHMMA\.",
+    "sm_89": r"\bHMMA\.",
+    "sm_90": r"\bHGMMA\.",
+    "sm_100": r"\bUTC\w*MMA\b",
+    "sm_120": r"\bHMMA\.",
+    "gfx90a": r"\bv_mfma_",
+    "gfx942": r"\bv_mfma_",
+    "gfx1100": r"\bv_wmma_",
+}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What a compiler made of one launch for one target."""
+
+    registers: int  # 32-bit registers a thread (AMD: vector registers a lane)
+    spills: int  # registers spilled to memory, as the compiler counts them
+    local_bytes: int  # stack and scratch memory a thread, in bytes
+    shared_bytes: int  # shared memory (AMD: LDS) a program, in bytes
+    matrix_instructions: int  # tensor-core (AMD: matrix-core) instructions in the machine code
+    wide_accesses: int  # global loads and stores of 16 bytes
+    narrow_accesses: int  # global loads and stores of fewer
+    assembly: str  # the machine code's text: SASS, or AMD's assembly
+
+
+def compile_call(call: Call, target: Target) -> Compilation:
+    """Compile `call`, whose tensors may lie on the meta device, for `target`.
+
+    Raises:
+        triton.CompilationError, RuntimeError: the compiler's own, if it refuses.
+    """
+    source = source_of(call)
+    options = {**call.options, "enable_fp_fusion": True}
+    gpu = GPUTarget(target.backend, target.architecture, target.warp_size)
+    compiled = triton.compile(source, target=gpu, options=options)
+    return _read_cuda(compiled, target) if target.backend == "cuda" else _read_hip(compiled, target)
+
+
+def source_of(call: Call) -> Any:
+    """The kernel and the types of its arguments, specialized as Triton specializes them at a launch."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, parameter in enumerate(call.kernel.params):
+        argument = call.arguments[parameter.name]
+        is_specialized = isinstance(argument, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or argument is None or (is_specialized and argument == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = argument
+        elif isinstance(argument, torch.Tensor):
+            signature[parameter.name] = "*" + TRITON_DTYPE[argument.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(argument, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
+            if is_specialized and argument % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def _read_cuda(compiled: Any, target: Target) -> Compilation:
+    tools = triton.knobs.nvidia
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output_of(tools.cuobjdump.path, "-res-usage", file.name)
+        assembly = _output_of(tools.nvdisasm.path, "-c", file.name)
+    numbers = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    # Triton waits for its asynchronous copies through LDGDEPBAR: they are loads as well.
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\S*", assembly)
+    wide = sum(".128" in access for access in accesses)
+    return Compilation(
+        registers=numbers["REG"],
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+        local_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
+        wide_accesses=wide,
+        narrow_accesses=len(accesses) - wide,
+        assembly=assembly,
+    )
+
+
+def _read_hip(compiled: Any, target: Target) -> Compilation:
+    assembly = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    accesses = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)", assembly)
+    wide = sum(access.endswith(("dwordx4", "b128")) for access in accesses)
+    return Compilation(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count"),
+        local_bytes=number("private_segment_fixed_size"),
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
+        wide_accesses=wide,
+        narrow_accesses=len(accesses) - wide,
+        assembly=assembly,
+    )
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
