@@ -78,9 +78,7 @@ class BuildOptionalExtension(build_ext):
         includes = [f"-isystem{path}" for path in include_paths()]
         with (build / "build.ninja").open("w") as file:
             ninja = ninja_syntax.Writer(file)
-            ninja.rule(
-                "compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc"
-            )
+            ninja.rule("compile", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", f"{compiler} -shared $in $flags -o $out")
             objects = []
 
@@ -94,15 +92,11 @@ class BuildOptionalExtension(build_ext):
                 )
 
             for source in ONCE:
-                target = (
-                    [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source == "bindings.cpp" else []
-                )
+                target = [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source == "bindings.cpp" else []
                 compile_source(source, Path(source).stem, [*COMMON, *target])
             for level, flags in LEVELS.get(platform.machine(), {"baseline": []}).items():
                 for source in PER_LEVEL:
-                    compile_source(
-                        source, f"{level}/{Path(source).stem}", [*COMMON, *flags, f"-DTRILBY_LEVEL={level}"]
-                    )
+                    compile_source(source, f"{level}/{Path(source).stem}", [*COMMON, *flags, f"-DTRILBY_LEVEL={level}"])
             libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
             ninja.build(str(output), "link", objects, variables={"flags": " ".join(libraries)})
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []

@@ -93,9 +93,7 @@ def scaled_dot_product_attention(
             tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in (query, key, value)
         )
     for _ in reasons_for_pytorch(query, key, value, attn_mask, dropout_p, enable_gqa):
-        return _pytorch(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     output: Tensor = torch.ops.trilby.attention(query, key, value, is_causal, scale)[0]

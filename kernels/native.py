@@ -12,7 +12,9 @@ import torch
 
 LIBRARY = Path(__file__).with_name("_native.abi3.so")
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps trilby (or `make` in a checkout), with a C++ compiler"
+REBUILD = (
+    "pip install --no-build-isolation --force-reinstall --no-deps trilby (or `make` in a checkout), with a C++ compiler"
+)
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def load() -> Native:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as failure:
         reason = f"the C++ extension does not load: {failure}"
-        warnings.warn(
-            f"trilby: {reason}. PyTorch's own kernels run instead; to mend it: {REBUILD}", stacklevel=2
-        )
+        warnings.warn(f"trilby: {reason}. PyTorch's own kernels run instead; to mend it: {REBUILD}", stacklevel=2)
         return Native(False, reason)
     native = Native(True)
     forced = os.environ.get("TRILBY_CPU_ISA")

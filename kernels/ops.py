@@ -41,9 +41,7 @@ def _empty_heads_inside(like: Tensor, B: int, H: int, T: int, D: int) -> Tensor:
     return like.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def _fake_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     B, H, T, _ = query.shape
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
     return _empty_heads_inside(query, B, H, T, value.shape[-1]), query.new_empty(B, H, T, dtype=statistics)
@@ -115,9 +113,7 @@ def _define(library: Library, operator: Operator) -> None:
     library.impl(operator.name, _gpu_kernel(operator.name), "CUDA")
     torch.library.register_fake(f"trilby::{operator.name}", operator.fake, lib=library)
     if operator.backward is not None:
-        register_autograd(
-            f"trilby::{operator.name}", operator.backward, setup_context=operator.save, lib=library
-        )
+        register_autograd(f"trilby::{operator.name}", operator.backward, setup_context=operator.save, lib=library)
 
 
 # Kept for the life of the process: torch drops what a Library registered when the Library is collected.

@@ -37,9 +37,7 @@ def visible(query_length: int, key_length: int, device: torch.device | None = No
     return torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril()
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(query · keyᵀ · scale) · value and the logarithm of the softmax's denominator.
 
     Args:
@@ -53,9 +51,7 @@ def attention(
         The output [B, H, T, Dv] in query's dtype, laid out in memory as (B, T, H, Dv), and logsumexp [B, H, T] in the
         dtype computed with (float32, or float64 for float64 inputs). A query that sees no key gets 0 and -inf.
     """
-    scores = (
-        _computed(query) @ _per_query_head(_computed(key), query).transpose(-2, -1) * scale
-    )  # [B, H, T, S]
+    scores = _computed(query) @ _per_query_head(_computed(key), query).transpose(-2, -1) * scale  # [B, H, T, S]
     if is_causal:
         scores = scores.masked_fill(~visible(query.shape[2], key.shape[2], query.device), -torch.inf)
     logsumexp = scores.logsumexp(-1)

@@ -31,6 +31,4 @@ def assert_as_exact_as(ours: Tensor, rival: Tensor, truth: Tensor, what: str) ->
     assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     ours_error, rival_error = error(ours, truth), error(rival, truth)
     allowed = 2 * rival_error + floor(ours.dtype, truth)
-    assert ours_error <= allowed, (
-        f"{what}: error {ours_error:.3e}, rival's {rival_error:.3e}, allowed {allowed:.3e}"
-    )
+    assert ours_error <= allowed, f"{what}: error {ours_error:.3e}, rival's {rival_error:.3e}, allowed {allowed:.3e}"
