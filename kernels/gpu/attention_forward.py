@@ -51,11 +51,17 @@ def attend(
             visible = keys[None, :] < kv_len
             if IS_CAUSAL:
                 visible = visible & (keys[None, :] <= rows[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+            # Scaled before it is masked: -inf * 0 would be NaN.
+            scores = tl.where(visible, scores * scale_log2, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         # A row that has seen only -inf keeps probabilities of 0 where -inf - -inf would be NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
+        if MASKED:
+            probabilities = tl.exp2(scores - shift[:, None])
+        else:
+            probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(probabilities, 1)
         value_tile = load_tile(value_pointers, key_mask, value_dim_mask, MASKED, VALUE_DIM != BLOCK_DV)

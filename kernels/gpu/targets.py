@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+import torch
+
+KIB = 1024
 
 
 @dataclass(frozen=True)
 class Target:
-    """One architecture, as Triton names it, and the limit that the launch tables must respect."""
+    """One architecture, and the limit that the launch tables must respect.
+
+    Attributes:
+        name: As the vendor calls it: "sm_90", "gfx942".
+        backend: As Triton calls it: "cuda" or "hip".
+        architecture: As Triton calls it: 90, "gfx942".
+        warp_size: Threads that run in step.
+        shared_memory: Bytes that one program may use.
+    """
 
     name: str
-    backend: str  # "cuda" or "hip"
+    backend: str
     architecture: int | str
     warp_size: int
-    shared_memory: int  # bytes that one program may use
+    shared_memory: int
 
 
-KIB = 1024
+@dataclass(frozen=True)
+class Device:
+    """A target with its number of multiprocessors (AMD: compute units), which size a persistent grid."""
+
+    target: Target
+    processors: int
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -31,3 +51,68 @@ TARGETS = {
         Target("gfx1100", "hip", "gfx1100", 32, 64 * KIB),  # RX 7900
     )
 }
+
+# Architectures that are not compiled for in the tests, and the one whose launch parameters suit them: the same
+# matrix instructions and at least its shared memory.
+NEAREST = {
+    "sm_87": "sm_86",  # Orin
+    "sm_103": "sm_100",  # B300
+    "sm_121": "sm_120",  # GB10
+    "gfx940": "gfx942",
+    "gfx941": "gfx942",
+    "gfx950": "gfx942",  # MI350
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
+}
+
+# The interpreter runs one program after another: the number decides only how rows are dealt to programs, and a
+# small one makes every program loop.
+INTERPRETER = Device(TARGETS["sm_90"], processors=3)
+
+
+def target_of(architecture: str) -> Target:
+    """The target whose launch parameters serve `architecture` ("sm_90", "gfx942").
+
+    Raises:
+        ValueError: An architecture that the kernels are not compiled and checked for.
+    """
+    name = NEAREST.get(architecture, architecture)
+    if name not in TARGETS:
+        raise ValueError(
+            f"the GPU's architecture is {architecture}; the Triton kernels serve "
+            f"{', '.join([*TARGETS, *NEAREST])}"
+        )
+    return TARGETS[name]
+
+
+def device_of(tensor: torch.Tensor, argument: str) -> Device:
+    """The device that `tensor` lies on, asked once for each.
+
+    Raises:
+        ValueError: `tensor`, which the message calls `argument`, is not on a GPU that the kernels serve.
+    """
+    if tensor.device.type == "cuda":
+        index = tensor.device.index
+        return _cuda_device(torch.cuda.current_device() if index is None else index)
+    if tensor.device.type == "cpu" and _is_interpreted():
+        return INTERPRETER
+    raise ValueError(
+        f"{argument} is on {tensor.device}; the Triton kernels run on CUDA and ROCm devices "
+        "(and on the CPU if TRITON_INTERPRET=1 was set before Triton was imported)"
+    )
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return Device(target_of(architecture), properties.multi_processor_count)
+
+
+def _is_interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,102 @@
+"""Attention on a GPU: check the tensors, choose the launch, allocate the results, run the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention_forward import attention_forward_call
+from .launch import AttentionTiles, attention_forward_tiles
+from .targets import Target, device_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    tiles: AttentionTiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(query . key^T * scale) . value and the logarithm of the softmax's denominator.
+
+    What `torch.ops.trilby.attention` means, computed in one pass over the keys. Half precision inputs multiply on
+    tensor cores and accumulate in float32; float32 multiplies exactly, or in TF32 where
+    `torch.backends.cuda.matmul` says so.
+
+    Args:
+        query: [B, H, T, D], D at most 256, float16, bfloat16 or float32, of any strides.
+        key: [B, Hkv, S, D] with H a multiple of Hkv; query head h reads key head h // (H / Hkv).
+        value: [B, Hkv, S, Dv], Dv at most 256.
+        is_causal: Hide from query i every key after i (aligned to the top left, as in PyTorch)::
+
+                S = 5
+            T = 3   1 0 0 0 0
+                    1 1 0 0 0
+                    1 1 1 0 0
+
+        scale: What scores are multiplied by.
+        tiles: Launch parameters other than the table's.
+
+    Returns:
+        The output [B, H, T, Dv] in query's dtype, laid out in memory as (B, T, H, Dv), and logsumexp [B, H, T],
+        float32, natural logarithm. A query that sees no key gets 0 and -inf.
+
+    Raises:
+        TypeError: The dtypes differ or are none of the three.
+        ValueError: Shapes that do not fit, a head dimension over 256, or a device that has no kernel.
+    """
+    check_attention(query, key, value)
+    B, H, T, D = query.shape
+    output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
+    logsumexp = query.new_empty(B, H, T, dtype=torch.float32)
+    target = device_of(query, "query").target
+    attention_forward_call(
+        query, key, value, output, logsumexp, is_causal, scale,
+        tiles or attention_forward_tiles(target, query.dtype, max(D, value.shape[-1]), T),
+        dot_precision(target, query.dtype),
+    ).run(query.device)  # fmt: skip
+    return output, logsumexp
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse what the kernels would compute wrongly.
+
+    Raises:
+        TypeError, ValueError: As `attention` says.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; 4 dimensions (B, H, T, D) are needed")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; {', '.join(map(str, DTYPES))} are supported")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and query is {query.dtype}; they must be the same")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} and query is on {query.device}")
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head dimension is {tensor.shape[-1]}; 1 to {MAX_HEAD_DIM} are supported")
+    B, H, _, D = query.shape
+    kv_heads, S = key.shape[1:3]
+    if key.shape[0] != B or key.shape[-1] != D or (H % kv_heads if kv_heads else H):
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be ({B}, Hkv, S, {D}) "
+            f"where Hkv divides {H}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it must be ({B}, {kv_heads}, {S}, Dv), as key")
+
+
+def dot_precision(target: Target, dtype: torch.dtype) -> str:
+    """How float32 matrices multiply: "ieee", or "tf32" if PyTorch is set to it and the target can.
+
+    `torch.backends.cuda.matmul.fp32_precision` is the setting, and `torch.backends.fp32_precision` its default.
+    """
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision
+    can_tf32 = target.backend == "cuda" or target.name == "gfx942"
+    return "tf32" if dtype == torch.float32 and setting == "tf32" and can_tf32 else "ieee"
