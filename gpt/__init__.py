@@ -1,0 +1,46 @@
+"""The reference GPT: from text to a trained model to generated text, on the kernels of `trilby.kernels`."""
+
+from .bigram import Bigram
+from .checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
+from .data import Split, Text, default_text, read_text, split
+from .generate import GREEDY, Sampling, generate, stream, stream_text
+from .layers import PYTORCH, TRILBY, Layers
+from .model import GPT
+from .tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, decode, encode_documents
+from .train import Result, Step, Training, evaluate, train
+
+__all__ = [
+    "GPT",
+    "GREEDY",
+    "PRESETS",
+    "PYTORCH",
+    "TRILBY",
+    "Bigram",
+    "CharTokenizer",
+    "Checkpoint",
+    "CheckpointError",
+    "GPTConfig",
+    "Layers",
+    "Result",
+    "Sampling",
+    "Split",
+    "Step",
+    "Text",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "TrainConfig",
+    "Training",
+    "decode",
+    "default_text",
+    "encode_documents",
+    "evaluate",
+    "generate",
+    "parameter_count",
+    "read_text",
+    "save_checkpoint",
+    "split",
+    "stream",
+    "stream_text",
+    "train",
+]

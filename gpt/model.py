@@ -1,0 +1,173 @@
+"""A GPT: pre-norm, of GPT-2's shape, with the parameter names of nanoGPT's checkpoints.
+
+    tokens (B, T) ── wte + wpe ──┬─ ln_1 ─ attention ─(+)─┬─ ln_2 ─ feed-forward ─(+)─ … ── ln_f ── lm_head = wteᵀ
+                                 └──────── stream ─────┘  └──────── stream ────────┘
+
+Every residual addition is followed by a norm, so a block does not add its own branch to the stream: it hands both on,
+and the next norm adds and normalizes in one pass over memory (`Layers.add_layer_norm`).
+
+Shapes: B batch, T context, H heads, D = C/H numbers per head, C numbers per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import GPTConfig
+from .layers import TRILBY, Layers
+from .loss import linear_cross_entropy
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position looks at itself and what came before, in H heads side by side."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.layers = layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = input.shape
+        heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
+        query, key, value = heads.unbind(dim=2)  # (B, H, T, D) each, views of one product
+        output = self.layers.attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        projected: Tensor = self.c_proj(output.transpose(1, 2).reshape(B, T, C))
+        return projected
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: every position on its own, through 4·C numbers."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        # GPT-2 was trained with the tanh form of GELU; the exact form moves its logits in the third digit.
+        output: Tensor = self.c_proj(F.gelu(self.c_fc(input), approximate="tanh"))
+        return output
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each reads the normalized stream, and its output is added by the norm after it."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__()
+        self.ln_1 = AddNorm(config, layers)
+        self.attn = CausalSelfAttention(config, layers)
+        self.ln_2 = AddNorm(config, layers)
+        self.mlp = MLP(config)
+
+    def forward(self, stream: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream and the branch still to be added to it, (B, T, C) both; the first block is given no branch."""
+        normalized, stream = self.ln_1(stream, branch)
+        branch = self.attn(normalized)
+        normalized, stream = self.ln_2(stream, branch)
+        return stream, self.mlp(normalized)
+
+
+class AddNorm(nn.LayerNorm):
+    """Add a residual branch, with dropout, to the stream, and normalize the sum."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__(config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+        self.layers = layers
+
+    def forward(self, stream: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The normalized sum and the sum itself, which is the stream from here on, (B, T, C) both."""
+        if branch is None:
+            return self.layers.layer_norm(stream, self.normalized_shape, self.weight, self.bias, self.eps), stream
+        dropout_p = self.dropout if self.training else 0.0
+        return self.layers.add_layer_norm(
+            stream, branch, self.normalized_shape, self.weight, self.bias, self.eps, dropout_p
+        )
+
+
+class Transformer(nn.Module):
+    """Everything between the tokens and the decoder."""
+
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
+        self.ln_f = AddNorm(config, layers)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C), normalized."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        stream: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
+        branch: Tensor | None = None
+        for block in self.h:
+            stream, branch = block(stream, branch)
+        normalized, _ = self.ln_f(stream, branch)
+        output: Tensor = normalized
+        return output
+
+
+class GPT(nn.Module):
+    """A GPT that is made of `layers`: trilby's kernels, unless told otherwise.
+
+    Made under `torch.device("meta")` it has shapes and names but no numbers, which is how GPT-3's 175 billion
+    parameters fit on a laptop. Weights are drawn from PyTorch's global generator as GPT-2's were: N(0, 0.02), and the
+    projections that end a residual branch narrower by the square root of their count.
+    """
+
+    def __init__(self, config: GPTConfig, layers: Layers = TRILBY) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, layers)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
+        self.apply(_initialize)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @property
+    def block_size(self) -> int:
+        """The longest context, T."""
+        return self.config.block_size
+
+    def tie(self) -> None:
+        """Make the decoder the transposed token embedding: one parameter under two names."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token after each of `tokens` (B, T); ValueError if T is above `block_size`."""
+        logits: Tensor = self.lm_head(self._hidden(tokens))
+        return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy, in nats, of predicting `targets` (B, T) from `tokens` (B, T).
+
+        The same as `F.cross_entropy` of the logits, which are never held all at once. ValueError as `forward`.
+        """
+        return linear_cross_entropy(self._hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] > self.block_size:
+            raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, T) with T at most {self.block_size}")
+        hidden: Tensor = self.transformer(tokens)
+        return hidden
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
