@@ -36,7 +36,8 @@ static inline Vector load(const float* from) {
 
 static inline void store(float* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
 
-static inline Vector broadcast(float value) { return Vector{} + value; }
+// x - 0 is x for every x, so that the compiler drops the subtraction; 0 + x is not (x = -0), and it cannot.
+static inline Vector broadcast(float value) { return value - Vector{}; }
 
 static inline Vector lane_numbers() {
   Vector lanes;
