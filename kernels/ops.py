@@ -24,8 +24,8 @@ class Operator:
         schema: Arguments and results, in the dispatcher's language.
         meaning: The reference, and the kernel of every device that has no other.
         fake: Sizes, strides and dtypes of the results without computing them.
-        backward: The gradient formula `(context, *gradients) -> gradients of the arguments`; None: not differentiable.
-        save: What the forward keeps for it: `(context, inputs, output) -> None`.
+        backward: The gradient formula `(ctx, *gradients) -> gradients of the arguments`; None: not differentiable.
+        save: What the forward keeps for it: `(ctx, inputs, output) -> None`.
     """
 
     name: str
@@ -64,15 +64,15 @@ def _fake_attention_backward(
     )
 
 
-def _save_attention(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, context.is_causal, context.scale = inputs
-    context.save_for_backward(query, key, value, *output)
-    context.mark_non_differentiable(output[1])
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _attention_backward(context: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.trilby.attention_backward(
-        grad_output, *context.saved_tensors, context.is_causal, context.scale
+        grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale
     )
     return (*gradients, None, None)
 
