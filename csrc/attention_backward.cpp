@@ -8,8 +8,8 @@
 //     dK[n][d]  += sum over m of dSᵀ[n][m] · Q[m][d]
 // all in float32: five products, 10 · D flops for each visible pair, and one exp2.
 //
-// One pass over a head makes all three gradients, with dK and dV of the whole head in scratch memory. Where there are too
-// few heads for the threads, or the head is too long for the scratch, two passes split the sequence: dQ by tiles of
+// One pass over a head makes all three gradients, with dK and dV of the whole head in scratch memory. Where there are
+// too few heads for the threads, or the head is too long for the scratch, two passes split the sequence: dQ by tiles of
 // queries (three products), dK and dV by tiles of keys (four). Every sum is taken over the same terms in the same order
 // in both, so that the result is the same, bit for bit, for any number of threads.
 #include "level.h"
@@ -36,10 +36,10 @@ struct Panel {
 
 struct Workspace {
   Panel panel[PANELS];
-  float *keys, *values;                  // [BLOCK][D], [BLOCK][Dv]
-  float *probabilities, *grad_scores;    // [BLOCK][PANEL]
-  float *grad_keys, *grad_values;        // [gradient rows][D], [gradient rows][Dv], in whole vectors
-  float* output_transposed;              // [Dv][PANEL]
+  float *keys, *values;                // [BLOCK][D], [BLOCK][Dv]
+  float *probabilities, *grad_scores;  // [BLOCK][PANEL]
+  float *grad_keys, *grad_values;      // [gradient rows][D], [gradient rows][Dv], in whole vectors
+  float* output_transposed;            // [Dv][PANEL]
 
   Workspace(const AttentionShape& shape, int64_t gradient_rows) {
     Carver carver;
@@ -87,8 +87,8 @@ void pack_padded(const typename Format::Element* from, const View& view, int64_t
   for (int64_t m = 0; m < rows; m++) unpack_row<Format>(from + m * view.row, view.column, columns, to + m * width);
 }
 
-// delta[m] = sum over d of dO[m][d] · O[m][d], term by term in the order in which the products sum dP: a query that sees
-// one key, whose output is that key's value, then has a dS of exactly 0.
+// delta[m] = sum over d of dO[m][d] · O[m][d], term by term in the order in which the products sum dP: a query that
+// sees one key, whose output is that key's value, then has a dS of exactly 0.
 void sum_columns_of_product(const float* a, const float* b, int64_t rows, float* sums) {
   for (int c = 0; c < PANEL; c += LANES) {
     Vector sum = {};
@@ -184,9 +184,8 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
   const int64_t visible = first_query + panels * PANEL;
   const int64_t end = shape.causal ? smaller(end_key, visible) : end_key;
   for (int64_t first = first_key; first < end; first += BLOCK) {
-    const KeyBlock block =
-        load_block<Format>(shape, problem.key, problem.value, head.batch, head.key_head, first,
-                           smaller(end - first, BLOCK), first_query, work.keys, work.values);
+    const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, head.batch, head.key_head, first,
+                                              smaller(end - first, BLOCK), first_query, work.keys, work.values);
     float* grad_keys = work.grad_keys + (first - first_key) * whole_vectors(shape.head_dim);
     float* grad_values = work.grad_values + (first - first_key) * whole_vectors(shape.value_dim);
     for (int64_t p = 0; p < panels; p++) {
@@ -251,7 +250,8 @@ void backward(const AttentionBackward& problem, const Threads& threads) {
   const bool single_pass = 5 * ceiling(key_heads, threads.count) * threads.count <= 7 * key_heads;
   if (single_pass && floats_of_keys <= LONGEST_PASS) {
     deal(key_heads, threads, [&](int64_t task) {
-      backward_keys<Format>(problem, task / shape.key_heads, task % shape.key_heads, 0, 0, shape.key_length, Wanted::all);
+      backward_keys<Format>(problem, task / shape.key_heads, task % shape.key_heads, 0, 0, shape.key_length,
+                            Wanted::all);
     });
     return;
   }

@@ -95,8 +95,8 @@ Panel start(const AttentionForward& problem, const Workspace& work, int64_t batc
                        work.outputs + p * shape.value_dim * PANEL,
                        work.maxima + p * PANEL,
                        work.sums + p * PANEL};
-  pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head, panel.first_query), problem.query,
-                          panel.count, shape.head_dim, shape.scale * LOG2_E, panel.queries, PANEL);
+  pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head, panel.first_query),
+                          problem.query, panel.count, shape.head_dim, shape.scale * LOG2_E, panel.queries, PANEL);
   for (int64_t i = 0; i < shape.value_dim * PANEL; i += LANES) store(panel.outputs + i, Vector{});
   for (int c = 0; c < PANEL_VECTORS; c++) {
     store(panel.maxima + c * LANES, broadcast(-INFINITE));

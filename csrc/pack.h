@@ -39,8 +39,8 @@ static inline const float* packed_rows(const typename Format::Element* from, con
 
 // to[d][m] = from[m][d] · scale for m < rows, 0 for rows <= m < width (a multiple of LANES).
 template <class Format>
-static inline void pack_transposed(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns,
-                                   float scale, float* to, int64_t width) {
+static inline void pack_transposed(const typename Format::Element* from, const View& view, int64_t rows,
+                                   int64_t columns, float scale, float* to, int64_t width) {
   for (int64_t m = 0; m < width; m += LANES) {
     for (int64_t d = 0; d < columns; d += LANES) {
       const int64_t count = columns - d < LANES ? columns - d : LANES;

@@ -51,8 +51,8 @@ class Carver {
 struct KeyBlock {
   const float *keys, *values;
   int64_t first, count;
-  // No NaN and no infinity in it. Looked at only where a mask hides some of it: 0 · NaN is NaN, and a hidden key must not
-  // be multiplied at all.
+  // No NaN and no infinity in it. Looked at only where a mask hides some of it: 0 · NaN is NaN, and a hidden key must
+  // not be multiplied at all.
   bool keys_finite, values_finite;
 };
 
@@ -76,8 +76,8 @@ static inline KeyBlock load_block(const AttentionShape& shape, const View& key, 
   return block;
 }
 
-// How many keys of a block a panel sees, and whether some of its queries see fewer: with shift = first query - first key,
-// query m of the panel sees key n of the block where n <= m + shift.
+// How many keys of a block a panel sees, and whether some of its queries see fewer: with shift = first query - first
+// key, query m of the panel sees key n of the block where n <= m + shift.
 //
 //     shift = 1, PANEL = 4:   m \ n  0 1 2 3 4 5 6 7
 //                               0    1 1

@@ -1,5 +1,6 @@
 // Deals independent tasks to threads, in order, one at a time: whoever is free takes the next, so that tasks of uneven
-// length balance. What a task computes must not depend on who runs it; then results are the same for every thread count.
+// length balance. What a task computes must not depend on who runs it; then results are the same for every thread
+// count.
 #pragma once
 
 #include "kernels.h"

@@ -78,9 +78,7 @@ static inline Vector exp2_of_nonpositive(Vector x) {
   return p * power;
 }
 
-static inline Vector from_bfloat16(Halves halves) {
-  return (Vector)(__builtin_convertvector(halves, Bits) << 16);
-}
+static inline Vector from_bfloat16(Halves halves) { return (Vector)(__builtin_convertvector(halves, Bits) << 16); }
 
 // Rounds to nearest even; a NaN keeps its sign and becomes quiet.
 static inline Halves to_bfloat16(Vector vector) {
