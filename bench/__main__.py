@@ -1,0 +1,99 @@
+"""`python -m trilby.bench`: checks and times trilby against PyTorch on this machine, and prints one table."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from trilby.kernels import keep_memory
+
+from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings
+from .report import foot, heading, is_alarm, table, write_json
+from .results import Row, Run, Training
+from .suite import Plan, allocator_row, kernel_rows
+from .training import LESSON, QUICK_LESSON, train, training_steps
+
+# The table's rows are one line each at this width; a terminal may be wider.
+LEAST_WIDTH = 120
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m trilby.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few cases, few rounds, a small GPT: does it all work?")
+    parser.add_argument("--only", choices=("attention", "norm", "gpt"), help="one group instead of all")
+    parser.add_argument("--threads", type=_positive, help="threads to compute with, instead of PyTorch's choice")
+    parser.add_argument("--cold", action="store_true", help="evict the caches before every call")
+    parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile as one more contestant")
+    parser.add_argument("--json", type=Path, default="build/bench.json", help="where to write it all (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run, print, write; 1 if a kernel's numbers are wrong, else 0: being slower is no error."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = Plan(options.only, options.quick, options.cold, options.compiled)
+    console = Console()
+    console.width = max(console.width, LEAST_WIDTH)
+    run = _run(plan, command_line(arguments), console)
+    console.print(table(run))
+    for line in foot(run):
+        console.print(line, style="bold red" if is_alarm(line) else "", markup=False, highlight=False)
+    write_json(run, options.json)
+    console.print(f"{run.seconds:.0f} seconds; everything measured is in {options.json}", markup=False, highlight=False)
+    return 0 if all(row.is_exact for row in run.comparisons) else 1
+
+
+def _run(plan: Plan, command: str, console: Console) -> Run:
+    """Measure what `plan` says, behind a progress bar."""
+    started = time.perf_counter()
+    machine = describe_machine()
+    lesson = QUICK_LESSON if plan.quick else LESSON
+    trains = plan.includes("gpt")
+    total = ceiling_steps(plan.quick) + plan.kernel_steps + training_steps(lesson) * trains
+    with _progress() as progress:
+        task = progress.add_task("ceilings", total=total)
+
+        def advance() -> None:
+            progress.advance(task)
+
+        ceilings = measure_ceilings(plan.quick, advance)
+        for line in heading(machine, ceilings):
+            console.print(line, markup=False, highlight=False)
+        rows: list[Row] = []
+        if plan.shows_allocator:
+            rows.append(allocator_row(plan, ceilings))
+            advance()
+        keep_memory()
+        for row in kernel_rows(plan, ceilings, advance):
+            rows.append(row)
+            progress.update(task, description=f"{row.operation} {row.shape}")
+        trainings: tuple[Training, ...] = ()
+        if trains:
+            progress.update(task, description="GPT training")
+            trained, trainings = train(lesson, ceilings, advance)
+            rows += trained
+    return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), time.perf_counter() - started)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

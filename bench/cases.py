@@ -1,0 +1,117 @@
+"""What is timed, and why: a table of cases, and how much work each of them is.
+
+Work is counted as the field does. Attention: 4·B·H·T²·D floating-point operations forward, half of them under a causal
+mask, and 2.5 times as many backward (Dao, flash-attention's benchmarks). Norms: whole tensors moved between the
+processor and memory at the very least; what PyTorch's unfused calls move on top is their own loss.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["forward", "forward+backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Causal attention of B sequences of T positions, H heads of D numbers.
+
+    Attributes:
+        packed: query, key and value are views of one (B, T, 3·H·D) tensor, as a GPT's are, and the gradient is that
+            tensor's; else three tensors (B, H, T, D).
+        why: What this case stands for.
+        quick: Whether a quick run has it too.
+    """
+
+    B: int
+    H: int
+    T: int
+    D: int
+    why: str
+    packed: bool = False
+    quick: bool = False
+
+    @property
+    def operation(self) -> str:
+        """What is computed."""
+        return "attention"
+
+    @property
+    def shape(self) -> str:
+        """The sizes, as the table shows them."""
+        return f"{self.B}x{self.H}x{self.T}x{self.D}" + (" packed" if self.packed else "")
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """Layer norm over the last C of N rows, with weight and bias; with `add`, of the sum of two such tensors."""
+
+    N: int
+    C: int
+    why: str
+    add: bool = False
+    quick: bool = False
+
+    @property
+    def operation(self) -> str:
+        """What is computed."""
+        return "add_layer_norm" if self.add else "layer_norm"
+
+    @property
+    def shape(self) -> str:
+        """The sizes, as the table shows them."""
+        return f"{self.N}x{self.C}"
+
+
+Case = AttentionCase | NormCase
+
+ATTENTION_CASES = (
+    AttentionCase(1, 12, 128, 64, "a prompt: little work, so the cost of a call and of uneven threads shows"),
+    AttentionCase(4, 12, 256, 64, "GPT-2 at a short context: one block of keys per head", quick=True),
+    AttentionCase(4, 12, 256, 64, "the same, laid out as a GPT's are", packed=True, quick=True),
+    AttentionCase(4, 12, 1024, 64, "GPT-2 in training"),
+    AttentionCase(4, 12, 1024, 64, "the same, laid out as a GPT's are", packed=True),
+    AttentionCase(1, 12, 4096, 64, "a long context: the masked half is most of what can be saved"),
+    AttentionCase(1, 16, 2048, 128, "the head of most models after GPT-2"),
+)
+
+_NORM_SIZES = (
+    NormCase(8, 32, "tiny: the cost of a call and nothing else", quick=True),
+    NormCase(64, 768, "one short prompt through GPT-2: about as much call as work"),
+    NormCase(4096, 768, "GPT-2 in training, 4 x 1024 positions", quick=True),
+    NormCase(8192, 768, "twice that: beyond most caches"),
+    NormCase(8192, 1600, "GPT-2 XL in training"),
+    NormCase(1024, 12288, "GPT-3's width: a row no longer fits into registers"),
+)
+NORM_CASES = tuple(NormCase(size.N, size.C, size.why, add, size.quick) for add in (False, True) for size in _NORM_SIZES)
+
+# PyTorch against itself, timed exactly as the others are: what the harness and the machine add on their own.
+SELF_CHECKS: tuple[tuple[Case, Direction], ...] = (
+    (ATTENTION_CASES[1], "forward"),
+    (_NORM_SIZES[0], "forward"),
+    (_NORM_SIZES[2], "forward+backward"),
+)
+# glibc gives each tensor above 32 MiB back to the system when it is freed, and its pages are paid for again; the output
+# of this case is one such tensor, and shows what that costs.
+ALLOCATION_CASE = NormCase(8192, 1600, "an output above 32 MiB")
+
+
+def attention_flops(B: int, H: int, T: int, D: int, direction: Direction) -> float:
+    """Floating-point operations of causal attention, recomputing the scores backward included."""
+    forward = 4 * B * H * T * T * D / 2
+    return forward if direction == "forward" else (1 + 2.5) * forward
+
+
+def norm_bytes(case: NormCase, direction: Direction, itemsize: int) -> int:
+    """Bytes that must at least be moved; weight, bias and statistics are a thousandth of it and not counted.
+
+    =================  ===========================================  ==========================================  =======
+    operation          forward                                      backward                                    tensors
+    =================  ===========================================  ==========================================  =======
+    `layer_norm`       read x, write y                              read x and dy, write dx                     2, 5
+    `add_layer_norm`   read stream and branch, write y and the sum  read the sum, dy and dsum, write one dx     4, 8
+    =================  ===========================================  ==========================================  =======
+    """
+    forward, both = (4, 8) if case.add else (2, 5)
+    return (forward if direction == "forward" else both) * case.N * case.C * itemsize

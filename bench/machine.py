@@ -1,0 +1,194 @@
+"""What this machine is, and what it can do at best: the ceilings that every share in the table is a share of.
+
+A ceiling here is practical: the most that a plain program was seen to reach in this run, not a data sheet's number.
+Multiply-adds are `torch.mm`'s at the sizes where it peaks; bandwidth is the better of PyTorch's copy and the C
+library's, which, unlike PyTorch's, writes around the cache when a copy is large.
+"""
+
+import ctypes
+import itertools
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trilby.kernels.doctor import services
+
+MIB = 2**20
+# Side lengths of the products tried: small ones live in the caches, large ones hide the start of the threads.
+PRODUCT_SIDES = (512, 1024, 2048, 3072)
+# Bytes moved by the copies tried, read and written together: within a core's own caches, within the shared one, beyond.
+COPY_BYTES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run took place.
+
+    Attributes:
+        processor: Its name, as it tells it.
+        cores: Processors that this process may run on.
+        threads: Threads that PyTorch computes with.
+        memory_bytes: Of the whole machine; 0 if it does not tell.
+        cache_bytes: Of the largest cache, which a virtual machine may share with others; 0 if it does not tell.
+        system: Operating system and architecture.
+        load: Processes that wanted to run, over the last minute, before this run began; 0 on an idle machine.
+        capability: The instruction set that PyTorch's own kernels use.
+        services: What computes each of trilby's operators, by name.
+        versions: Of Python, torch and trilby.
+    """
+
+    processor: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    cache_bytes: int
+    system: str
+    load: float
+    capability: str
+    services: dict[str, str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """How fast `moved` bytes, read and written together, are copied: bytes per second."""
+
+    moved: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The most that was seen on this machine: floating-point operations per second by dtype, copies by size."""
+
+    flops: dict[str, float]
+    copies: tuple[Copy, ...]
+
+    def bandwidth(self, moved: int) -> float:
+        """Bytes per second that nothing which moves `moved` bytes should exceed.
+
+        The best of all copies from the next smaller size on: caches serve a smaller copy at least as well, so a share
+        of this is never flattered.
+        """
+        ordered = sorted(self.copies, key=lambda copy: copy.moved)
+        smaller = [copy for copy in ordered if copy.moved <= moved]
+        return max(copy.rate for copy in ordered[max(len(smaller) - 1, 0) :])
+
+
+def describe_machine() -> Machine:
+    """What this machine says about itself."""
+    return Machine(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        memory_bytes=_system_configuration("SC_PAGE_SIZE") * _system_configuration("SC_PHYS_PAGES"),
+        cache_bytes=max(_system_configuration(f"SC_LEVEL{level}_CACHE_SIZE") for level in (2, 3)),
+        system=f"{platform.system()} {platform.machine()}",
+        load=os.getloadavg()[0],
+        capability=torch.backends.cpu.get_cpu_capability(),
+        services={service.operator: service.served_by for service in services() if service.device == "cpu"},
+        versions={"python": platform.python_version(), "torch": torch.__version__, "trilby": version("trilby")},
+    )
+
+
+def measure_ceilings(quick: bool, advance: Callable[[], None]) -> Ceilings:
+    """Measure the ceilings with the threads that PyTorch has; `advance` is called `ceiling_steps(quick)` times."""
+    sides = PRODUCT_SIDES[:2] if quick else PRODUCT_SIDES
+    sizes = COPY_BYTES[:4] if quick else COPY_BYTES
+    flops: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        # bfloat16's ceiling is never below float32's: widening is free to all, and pays where products of bfloat16
+        # have no instruction or no good library.
+        rates = [*flops.values()]
+        for side in sides:
+            rates.append(product_rate(side, dtype))
+            advance()
+        flops[str(dtype).removeprefix("torch.")] = max(rates)
+    copies = []
+    for size in sizes:
+        copies.append(Copy(size, copy_rate(size)))
+        advance()
+    return Ceilings(flops, tuple(copies))
+
+
+def ceiling_steps(quick: bool) -> int:
+    """How many measurements `measure_ceilings` makes."""
+    return 2 * 2 + 4 if quick else 2 * len(PRODUCT_SIDES) + len(COPY_BYTES)
+
+
+def product_rate(side: int, dtype: torch.dtype) -> float:
+    """Operations per second, a multiplication and an addition counted as two, of a product of two square matrices."""
+    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    product = torch.empty(side, side, dtype=dtype)
+
+    def multiply() -> None:
+        torch.mm(left, right, out=product)
+
+    return 2 * side**3 / _fastest(multiply, seconds=0.4)
+
+
+def copy_rate(moved: int) -> float:
+    """Bytes per second of copying `moved` / 2 bytes, reads and writes counted."""
+    source, target = torch.ones(moved // 2, dtype=torch.uint8), torch.ones(moved // 2, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        c_library = _fastest(lambda: _copy_by_c_library(target, source, pool, threads), seconds=0.2)
+    return moved / min(c_library, _fastest(lambda: target.copy_(source), seconds=0.2))
+
+
+def _copy_by_c_library(target: Tensor, source: Tensor, pool: ThreadPoolExecutor, threads: int) -> None:
+    total = source.numel()
+    borders = [total * part // threads for part in range(threads + 1)]
+    wait(
+        [
+            # ctypes lets go of Python's lock for the call, so the parts are copied at the same time.
+            pool.submit(ctypes.memmove, target.data_ptr() + start, source.data_ptr() + start, end - start)
+            for start, end in itertools.pairwise(borders)
+        ]
+    )
+
+
+def _fastest(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest of the calls that fit into `seconds`, at least three, after one to warm up.
+
+    A ceiling is the one place where the best run is the right one: whatever disturbs a run only lowers it.
+    """
+    call()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - started < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _system_configuration(name: str) -> int:
+    """What `os.sysconf` answers, 0 where it does not know."""
+    try:
+        return max(os.sysconf(name), 0)
+    except (ValueError, OSError):
+        return 0
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that this process is."""
+    return " ".join([Path(sys.executable).name, "-m", "trilby.bench", *arguments])

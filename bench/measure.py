@@ -1,0 +1,133 @@
+"""Interleaved timing, and the statistics of what it measured.
+
+Contestants take turns, A B A B, so that whatever else the machine does meets all of them alike, and a ratio is taken
+within a round, between neighbors in time. Medians and quantiles of rounds are reported, never a best or a mean.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# PyTorch timed against itself must read 1 within this; else the run is too noisy to be believed, and says so.
+SELF_CHECK_BOUND = 0.05
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long contestants may take turns.
+
+    Attributes:
+        seconds: What all rounds together should take.
+        least_rounds: Rounds that are run even when they take longer.
+        most_rounds: Rounds after which a median no longer moves.
+        sample_seconds: A call shorter than this is repeated within its turn: the clock and the first call after
+            another contestant's cost microseconds.
+        before: Called before every turn, outside the time taken; then a turn is a single call.
+    """
+
+    seconds: float
+    least_rounds: int = 5
+    most_rounds: int = 200
+    sample_seconds: float = 1e-3
+    before: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The 20th, 50th and 80th percentile of some numbers."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The value below which `fraction` of `values` lie, interpolated linearly between neighbors.
+
+    Raises:
+        ValueError: If there are no values, or `fraction` is outside 0..1.
+    """
+    if not values or not 0 <= fraction <= 1:
+        raise ValueError(f"values were {len(values)} and fraction {fraction}; allowed are at least 1 value and 0..1")
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    """The percentiles of `values` that are reported."""
+    return Quantiles(quantile(values, 0.2), quantile(values, 0.5), quantile(values, 0.8))
+
+
+def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, ...]:
+    """Numerator / denominator, round by round.
+
+    Raises:
+        ValueError: If they do not have as many rounds.
+    """
+    if len(numerator) != len(denominator):
+        raise ValueError(
+            f"numerator has {len(numerator)} rounds and denominator {len(denominator)}; allowed is as many"
+        )
+    return tuple(a / b for a, b in zip(numerator, denominator))
+
+
+def rounds_and_calls(seconds_per_call: Sequence[float], budget: Budget) -> tuple[int, int]:
+    """How many rounds to run, and how many calls make one contestant's turn, for calls that take so long.
+
+    All contestants make as many calls in a turn, so that their turns differ in nothing but what is called.
+    """
+    fastest = max(min(seconds_per_call), 1e-9)
+    calls = 1 if budget.before else max(1, math.ceil(budget.sample_seconds / fastest))
+    round_seconds = max(calls * sum(seconds_per_call), 1e-9)
+    rounds = min(max(int(budget.seconds / round_seconds), budget.least_rounds), budget.most_rounds)
+    return rounds, calls
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], budget: Budget, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, tuple[float, ...]]:
+    """Seconds per call of each contestant, one number per round, measured in turns: A B A B.
+
+    Each is called twice before: once to warm up, once to learn how long it takes. What a call returns is freed within
+    the time taken, as it is in a model.
+    """
+    for call in contestants.values():
+        call()
+    with _no_garbage_collection():
+        estimates = [_turn(call, 1, budget.before, clock) for call in contestants.values()]
+        rounds, calls = rounds_and_calls(estimates, budget)
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(rounds):
+            for name, call in contestants.items():
+                seconds[name].append(_turn(call, calls, budget.before, clock))
+    return {name: tuple(values) for name, values in seconds.items()}
+
+
+def _turn(
+    call: Callable[[], object], calls: int, before: Callable[[], object] | None, clock: Callable[[], float]
+) -> float:
+    if before is not None:
+        before()
+    start = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - start) / calls
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector would add its pauses to whoever's turn it is."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
