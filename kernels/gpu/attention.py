@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .attention_backward import (
+    BackwardInputs,
+    attention_backward_key_value_call,
+    attention_backward_query_call,
+    attention_delta_call,
+)
 from .attention_forward import attention_forward_call
-from .launch import AttentionTiles, attention_forward_tiles
+from .launch import AttentionTiles, attention_backward_tiles, attention_forward_tiles
 from .targets import Target, device_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,6 +66,80 @@ def attention(
         dot_precision(target, query.dtype),
     ).run(query.device)  # fmt: skip
     return output, logsumexp
+
+
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    is_causal: bool,
+    scale: float,
+    tiles: AttentionTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attention`; the same inputs give the same bits on every run.
+
+    Args:
+        grad_output: [B, H, T, Dv] in query's dtype, of any strides.
+        query: [B, H, T, D], as `attention` had it.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        output: [B, H, T, Dv], as `attention` returned it.
+        logsumexp: [B, H, T] float32, as `attention` returned it.
+        is_causal: As `attention` had it.
+        scale: As `attention` had it.
+        tiles: Launch parameters other than the tables'.
+
+    Returns:
+        grad_query [B, H, T, D], grad_key [B, Hkv, S, D] and grad_value [B, Hkv, S, Dv] in query's dtype, laid out in
+        memory as (B, T, H, D) and so on.
+
+    Raises:
+        TypeError, ValueError: As `attention`; or grad_output, output or logsumexp are not as it returned them.
+    """
+    check_attention(query, key, value)
+    check_results(grad_output, query, value, output, logsumexp)
+    B, H, T, D = query.shape
+    kv_heads, S, value_dim = value.shape[1:]
+    target = device_of(query, "query").target
+    grad_query = query.new_empty(B, T, H, D).transpose(1, 2)
+    grad_key = key.new_empty(B, S, kv_heads, D).transpose(1, 2)
+    grad_value = value.new_empty(B, S, kv_heads, value_dim).transpose(1, 2)
+    delta = torch.empty_like(logsumexp, memory_format=torch.contiguous_format)
+    inputs = BackwardInputs(
+        grad_output, query, key, value, logsumexp.contiguous(), delta, is_causal, scale,
+        dot_precision(target, query.dtype),
+    )  # fmt: skip
+    launch = attention_backward_tiles(target, query.dtype, max(D, value_dim))
+    for call in (
+        attention_delta_call(grad_output, output, delta, launch.delta),
+        attention_backward_key_value_call(inputs, grad_key, grad_value, tiles or launch.key_value),
+        attention_backward_query_call(inputs, grad_query, tiles or launch.query),
+    ):
+        call.run(query.device)
+    return grad_query, grad_key, grad_value
+
+
+def check_results(
+    grad_output: Tensor, query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
+) -> None:
+    """Refuse results that are not of the shapes and dtypes that `attention` returns for these inputs.
+
+    Raises:
+        TypeError, ValueError: As `attention_backward` says.
+    """
+    shape = (*query.shape[:3], value.shape[-1])
+    for name, tensor in (("grad_output", grad_output), ("output", output)):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and query is {query.dtype}; they must be the same")
+    if logsumexp.shape != shape[:3]:
+        raise ValueError(f"logsumexp has shape {tuple(logsumexp.shape)}; it must be {tuple(shape[:3])}")
+    if logsumexp.dtype != torch.float32:
+        raise TypeError(f"logsumexp is {logsumexp.dtype}; it must be torch.float32")
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import Call, alignment_of, strides
+from .call import Call, alignment_of, needs_wide_offsets, padded, strides
 from .launch import AttentionTiles
-from .tile import aligned, load_tile
+from .tile import aligned, load_tile, token_pointers
 
 
 @triton.jit
@@ -20,8 +20,10 @@ def attend(
     row_max: tl.tensor,  # [BLOCK_M] float32, in units of log2
     row_sum: tl.tensor,  # [BLOCK_M] float32, sum of exp2(score - row_max)
     query_tile: tl.tensor,  # [BLOCK_M, BLOCK_D]
-    key_pointers: tl.tensor,  # [BLOCK_N, BLOCK_D], at first_key
-    value_pointers: tl.tensor,  # [BLOCK_N, BLOCK_DV], at first_key
+    key: tl.tensor,  # at first_key
+    value: tl.tensor,  # at first_key
+    key_offsets: tl.tensor,  # [BLOCK_N, BLOCK_D]
+    value_offsets: tl.tensor,  # [BLOCK_N, BLOCK_DV]
     key_step: tl.tensor,  # elements from one tile of keys to the next
     value_step: tl.tensor,
     first_key: tl.tensor,
@@ -36,16 +38,16 @@ def attend(
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Attend to the keys first_key <= j < end_key; only the MASKED stage looks at the diagonal and the end."""
-    BLOCK_N: tl.constexpr = key_pointers.shape[0]
-    BLOCK_D: tl.constexpr = key_pointers.shape[1]
-    BLOCK_DV: tl.constexpr = value_pointers.shape[1]
+    BLOCK_N: tl.constexpr = key_offsets.shape[0]
+    BLOCK_D: tl.constexpr = key_offsets.shape[1]
+    BLOCK_DV: tl.constexpr = value_offsets.shape[1]
     columns = tl.arange(0, BLOCK_N)
     dim_mask = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
     value_dim_mask = tl.arange(0, BLOCK_DV)[None, :] < VALUE_DIM
     for start in tl.range(first_key, end_key, BLOCK_N):
         keys = start + columns
         key_mask = keys[:, None] < kv_len
-        key_tile = load_tile(key_pointers, key_mask, dim_mask, MASKED, HEAD_DIM != BLOCK_D)
+        key_tile = load_tile(key + key_offsets, key_mask, dim_mask, MASKED, HEAD_DIM != BLOCK_D)
         scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             visible = keys[None, :] < kv_len
@@ -64,15 +66,15 @@ def attend(
             probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(probabilities, 1)
-        value_tile = load_tile(value_pointers, key_mask, value_dim_mask, MASKED, VALUE_DIM != BLOCK_DV)
+        value_tile = load_tile(value + value_offsets, key_mask, value_dim_mask, MASKED, VALUE_DIM != BLOCK_DV)
         accumulator = accumulator * decay[:, None]
         accumulator = tl.dot(
             probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION
         )
         row_max = new_max
-        key_pointers += key_step
-        value_pointers += value_step
-    return accumulator, row_max, row_sum, key_pointers, value_pointers
+        key += key_step
+        value += value_step
+    return accumulator, row_max, row_sum, key, value
 
 
 # Operations: 2 * T * S * (D + Dv) multiply-adds a head (half of that if causal), one exp2 and one fused
@@ -83,7 +85,6 @@ def attend(
         "query_stride_b", "query_stride_h", "query_stride_t",
         "key_stride_b", "key_stride_h", "key_stride_t",
         "value_stride_b", "value_stride_h", "value_stride_t",
-        "output_stride_b", "output_stride_h", "output_stride_t",
         "heads", "group", "q_len", "kv_len",
     ]
 )  # fmt: skip
@@ -91,7 +92,7 @@ def attention_forward_kernel(
     query: tl.tensor,  # [B, H, T, D]
     key: tl.tensor,  # [B, Hkv, S, D]
     value: tl.tensor,  # [B, Hkv, S, Dv]
-    output: tl.tensor,  # [B, H, T, Dv]
+    output: tl.tensor,  # [B, H, T, Dv], in memory (B, T, H, Dv)
     logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
     query_stride_b: tl.tensor,
     query_stride_h: tl.tensor,
@@ -105,10 +106,6 @@ def attention_forward_kernel(
     value_stride_h: tl.tensor,
     value_stride_t: tl.tensor,
     value_stride_d: tl.tensor,
-    output_stride_b: tl.tensor,
-    output_stride_h: tl.tensor,
-    output_stride_t: tl.tensor,
-    output_stride_d: tl.tensor,
     heads: tl.tensor,  # H
     group: tl.tensor,  # H // Hkv, the query heads that share a key head
     q_len: tl.tensor,  # T
@@ -117,6 +114,7 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile of keys or values
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,27 +138,23 @@ def attention_forward_kernel(
     )
     key += batch * aligned(key_stride_b, ALIGNMENT) + kv_head * aligned(key_stride_h, ALIGNMENT)
     value += batch * aligned(value_stride_b, ALIGNMENT) + kv_head * aligned(value_stride_h, ALIGNMENT)
-    output += batch * aligned(output_stride_b, ALIGNMENT) + head.to(tl.int64) * aligned(
-        output_stride_h, ALIGNMENT
-    )
-    logsumexp += (batch * heads + head) * q_len
 
     query_stride_t = aligned(query_stride_t, ALIGNMENT)
     key_stride_t = aligned(key_stride_t, ALIGNMENT)
     value_stride_t = aligned(value_stride_t, ALIGNMENT)
-    output_stride_t = aligned(output_stride_t, ALIGNMENT)
 
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows[:, None] < q_len
-    # 64 bits inside a tile too: a transposed view can have a stride of any size.
     row_offsets = rows.to(tl.int64)[:, None]
-    key_offsets = tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK_N)[:, None]
     dims = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)[None, :]
     query_pointers = query + row_offsets * query_stride_t + dims * query_stride_d
-    key_pointers = key + key_offsets * key_stride_t + dims * key_stride_d
-    value_pointers = value + key_offsets * value_stride_t + value_dims * value_stride_d
-    output_pointers = output + row_offsets * output_stride_t + value_dims * output_stride_d
+    key_offsets = columns * key_stride_t + dims * key_stride_d
+    value_offsets = columns * value_stride_t + value_dims * value_stride_d
+    if not WIDE_OFFSETS:
+        key_offsets = key_offsets.to(tl.int32)
+        value_offsets = value_offsets.to(tl.int32)
 
     query_tile = load_tile(query_pointers, row_mask, dims < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
     # The maximum of scaled scores is the scaled maximum of scores only if the scale is not negative.
@@ -176,13 +170,13 @@ def attention_forward_kernel(
     else:
         end_key = kv_len
         unmasked_end = kv_len // BLOCK_N * BLOCK_N
-    accumulator, row_max, row_sum, key_pointers, value_pointers = attend(
-        accumulator, row_max, row_sum, query_tile, key_pointers, value_pointers,
+    accumulator, row_max, row_sum, key, value = attend(
+        accumulator, row_max, row_sum, query_tile, key, value, key_offsets, value_offsets,
         BLOCK_N * key_stride_t, BLOCK_N * value_stride_t, 0, unmasked_end, rows, kv_len, scale_log2,
         HEAD_DIM, VALUE_DIM, False, IS_CAUSAL, PRECISION,
     )  # fmt: skip
-    accumulator, row_max, row_sum, key_pointers, value_pointers = attend(
-        accumulator, row_max, row_sum, query_tile, key_pointers, value_pointers,
+    accumulator, row_max, row_sum, key, value = attend(
+        accumulator, row_max, row_sum, query_tile, key, value, key_offsets, value_offsets,
         BLOCK_N * key_stride_t, BLOCK_N * value_stride_t, unmasked_end, end_key, rows, kv_len, scale_log2,
         HEAD_DIM, VALUE_DIM, True, IS_CAUSAL, PRECISION,
     )  # fmt: skip
@@ -190,9 +184,9 @@ def attention_forward_kernel(
     is_empty = row_sum == 0.0
     accumulator = accumulator / tl.where(is_empty, 1.0, row_sum)[:, None]
     row_logsumexp = tl.where(is_empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    tl.store(logsumexp + rows, row_logsumexp, mask=rows < q_len)
+    tl.store(logsumexp + (batch * heads + head) * q_len + rows, row_logsumexp, mask=rows < q_len)
     tl.store(
-        output_pointers,
+        token_pointers(output, batch, q_len, row_offsets, heads, head, value_dims, VALUE_DIM),
         accumulator.to(output.dtype.element_ty),
         mask=row_mask & (value_dims < VALUE_DIM),
     )
@@ -224,7 +218,6 @@ def attention_forward_call(
             **strides("query", query, "bhtd"),
             **strides("key", key, "bhtd"),
             **strides("value", value, "bhtd"),
-            **strides("output", output, "bhtd"),
             "heads": heads,
             "group": heads // max(kv_heads, 1),
             "q_len": q_len,
@@ -232,11 +225,12 @@ def attention_forward_call(
             "scale": scale,
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
-            "ALIGNMENT": alignment_of(query, key, value, output),
+            "ALIGNMENT": alignment_of(query, key, value),
+            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_n, key, value),
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
+            "BLOCK_D": padded(head_dim),
+            "BLOCK_DV": padded(value_dim),
             "IS_CAUSAL": is_causal,
             "PRECISION": precision,
         },

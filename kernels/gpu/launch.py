@@ -44,3 +44,16 @@ FORWARD = (
 
 def attention_forward_tiles(target: Target, dtype: torch.dtype, head_dim: int, q_len: int) -> AttentionTiles:
     return FORWARD[0].tiles
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """The three launches of one backward pass."""
+
+    delta: AttentionTiles
+    key_value: AttentionTiles
+    query: AttentionTiles
+
+
+def attention_backward_tiles(target: Target, dtype: torch.dtype, head_dim: int) -> BackwardTiles:
+    return BackwardTiles(*[AttentionTiles(32,32,4,1)]*3)

@@ -30,3 +30,25 @@ def load_tile(
     else:
         tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def token_pointers(
+    tensor: tl.tensor,  # [B, H, T, D], in memory (B, T, H, D)
+    batch: tl.tensor,
+    length: tl.tensor,  # T
+    tokens: tl.tensor,  # [rows, 1], 64 bits
+    heads: tl.tensor,  # H
+    head: tl.tensor,
+    dims: tl.tensor,  # [1, columns]
+    HEAD_DIM: tl.constexpr,  # D
+) -> tl.tensor:
+    """Where a tile of one head lies in a result, whose layout is always tokens first, then heads."""
+    return tensor + ((batch * length + tokens) * heads + head) * HEAD_DIM + dims
+
+
+@triton.jit
+def exponent_of(logsumexp: tl.tensor) -> tl.tensor:
+    """What exp2 subtracts to make probabilities of scores; a row that saw no key (-inf) gets probabilities of 0."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    return tl.where(logsumexp == float("-inf"), float("inf"), logsumexp * LOG2_E)

@@ -23,9 +23,7 @@ def assert_exact(kernels, query, key, value, is_causal=False, scale=None, tiles=
     """Ours as exact as PyTorch's, against float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     output, logsumexp = kernels.attention(query, key, value, is_causal, scale, tiles=tiles)
-    true_output, true_logsumexp = reference.attention(
-        query.double(), key.double(), value.double(), is_causal, scale
-    )
+    true_output, true_logsumexp = reference.attention(query.double(), key.double(), value.double(), is_causal, scale)
     rival = F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )

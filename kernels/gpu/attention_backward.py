@@ -1,0 +1,531 @@
+"""Causal-softmax attention, backward: three kernels without atomics, so that the same inputs give the same bits.
+
+Probabilities are computed again from the scores and the forward's logsumexp (FlashAttention-2, Dao, 2023). One program
+owns a tile of keys and walks over the queries that see them (grad_key, grad_value); another owns a tile of queries and
+walks over the keys that they see (grad_query). Scores are computed twice for it: 7 products of T x S x D instead of 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .call import Call, alignment_of, needs_wide_offsets, padded, strides
+from .launch import AttentionTiles
+from .tile import aligned, exponent_of, load_tile, token_pointers
+
+
+# Memory: grad_output and output once, 4 bytes out per row of Dv; nothing else counts.
+@triton.jit(
+    do_not_specialize=[
+        "grad_output_stride_b", "grad_output_stride_h", "grad_output_stride_t",
+        "output_stride_b", "output_stride_h", "output_stride_t",
+        "heads", "q_len",
+    ]
+)  # fmt: skip
+def attention_delta_kernel(
+    grad_output: tl.tensor,  # [B, H, T, Dv]
+    output: tl.tensor,  # [B, H, T, Dv]
+    delta: tl.tensor,  # [B, H, T] float32, contiguous
+    grad_output_stride_b: tl.tensor,
+    grad_output_stride_h: tl.tensor,
+    grad_output_stride_t: tl.tensor,
+    grad_output_stride_d: tl.tensor,
+    output_stride_b: tl.tensor,
+    output_stride_h: tl.tensor,
+    output_stride_t: tl.tensor,
+    output_stride_d: tl.tensor,
+    heads: tl.tensor,  # H
+    q_len: tl.tensor,  # T
+    VALUE_DIM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+) -> None:
+    """delta = the sum over a row of grad_output * output: what every score's gradient in the row is less by."""
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    program = tl.program_id(0)
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
+    grad_output += batch * aligned(grad_output_stride_b, ALIGNMENT) + head * aligned(grad_output_stride_h, ALIGNMENT)
+    output += batch * aligned(output_stride_b, ALIGNMENT) + head * aligned(output_stride_h, ALIGNMENT)
+
+    rows = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_offsets = rows.to(tl.int64)[:, None]
+    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)[None, :]
+    mask = (rows[:, None] < q_len) & (value_dims < VALUE_DIM)
+    grad_output += row_offsets * aligned(grad_output_stride_t, ALIGNMENT) + value_dims * grad_output_stride_d
+    output += row_offsets * aligned(output_stride_t, ALIGNMENT) + value_dims * output_stride_d
+    product = tl.load(grad_output, mask=mask, other=0.0).to(tl.float32)
+    product *= tl.load(output, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + (batch * heads + head) * q_len + rows, tl.sum(product, 1), mask=rows < q_len)
+
+
+@triton.jit
+def gather_from_queries(
+    grad_key_tile: tl.tensor,  # [BLOCK_N, BLOCK_D] float32
+    grad_value_tile: tl.tensor,  # [BLOCK_N, BLOCK_DV] float32
+    key_tile: tl.tensor,  # [BLOCK_N, BLOCK_D]
+    value_tile: tl.tensor,  # [BLOCK_N, BLOCK_DV]
+    query: tl.tensor,  # row 0 of one head
+    grad_output: tl.tensor,
+    logsumexp: tl.tensor,
+    delta: tl.tensor,
+    query_offsets: tl.tensor,  # [BLOCK_M, BLOCK_D]
+    grad_output_offsets: tl.tensor,  # [BLOCK_M, BLOCK_DV]
+    query_stride_t: tl.tensor,
+    grad_output_stride_t: tl.tensor,
+    first_row: tl.tensor,
+    keys: tl.tensor,  # [BLOCK_N]
+    q_len: tl.tensor,
+    scale_log2: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Add what one tile of queries contributes; scores lie transposed, [BLOCK_N, BLOCK_M], ready to multiply."""
+    BLOCK_M: tl.constexpr = query_offsets.shape[0]
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows[:, None] < q_len
+    dim_mask = tl.arange(0, query_offsets.shape[1])[None, :] < HEAD_DIM
+    value_dim_mask = tl.arange(0, grad_output_offsets.shape[1])[None, :] < VALUE_DIM
+    query_tile = load_tile(
+        query + first_row * query_stride_t + query_offsets,
+        row_mask, dim_mask, MASKED, query_offsets.shape[1] != HEAD_DIM,
+    )  # fmt: skip
+    if MASKED:
+        # An infinite logsumexp makes the probabilities of rows past the end 0.
+        row_exponent = exponent_of(tl.load(logsumexp + rows, mask=rows < q_len, other=float("inf")))
+        row_delta = tl.load(delta + rows, mask=rows < q_len, other=0.0)
+    else:
+        row_exponent = exponent_of(tl.load(logsumexp + rows))
+        row_delta = tl.load(delta + rows)
+    scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    probabilities = tl.exp2(scores * scale_log2 - row_exponent[None, :])
+    if MASKED and IS_CAUSAL:
+        visible = keys[:, None] <= rows[None, :]
+        probabilities = tl.where(visible, probabilities, 0.0)
+    grad_output_tile = load_tile(
+        grad_output + first_row * grad_output_stride_t + grad_output_offsets,
+        row_mask, value_dim_mask, MASKED, grad_output_offsets.shape[1] != VALUE_DIM,
+    )  # fmt: skip
+    grad_value_tile = tl.dot(
+        probabilities.to(grad_output_tile.dtype), grad_output_tile, grad_value_tile, input_precision=PRECISION
+    )
+    grad_probabilities = tl.dot(value_tile, tl.trans(grad_output_tile), input_precision=PRECISION)
+    grad_scores = probabilities * (grad_probabilities - row_delta[None, :])
+    if MASKED and IS_CAUSAL:
+        grad_scores = tl.where(visible, grad_scores, 0.0)
+    grad_key_tile = tl.dot(
+        grad_scores.to(query_tile.dtype), query_tile, grad_key_tile, input_precision=PRECISION
+    )
+    return grad_key_tile, grad_value_tile
+
+
+# Operations: 2 * T * S * (2 D + 2 Dv) multiply-adds a query head (half of that if causal), one exp2 a score.
+# Memory: key, value and their gradients once; query and grad_output once per BLOCK_N keys, mostly from L2.
+@triton.jit(
+    do_not_specialize=[
+        "grad_output_stride_b", "grad_output_stride_h", "grad_output_stride_t",
+        "query_stride_b", "query_stride_h", "query_stride_t",
+        "key_stride_b", "key_stride_h", "key_stride_t",
+        "value_stride_b", "value_stride_h", "value_stride_t",
+        "heads", "group", "q_len", "kv_len",
+    ]
+)  # fmt: skip
+def attention_backward_key_value_kernel(
+    grad_output: tl.tensor,  # [B, H, T, Dv]
+    query: tl.tensor,  # [B, H, T, D]
+    key: tl.tensor,  # [B, Hkv, S, D]
+    value: tl.tensor,  # [B, Hkv, S, Dv]
+    logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
+    delta: tl.tensor,  # [B, H, T] float32, contiguous
+    grad_key: tl.tensor,  # [B, Hkv, S, D], in memory (B, S, Hkv, D)
+    grad_value: tl.tensor,  # [B, Hkv, S, Dv], in memory (B, S, Hkv, Dv)
+    grad_output_stride_b: tl.tensor,
+    grad_output_stride_h: tl.tensor,
+    grad_output_stride_t: tl.tensor,
+    grad_output_stride_d: tl.tensor,
+    query_stride_b: tl.tensor,
+    query_stride_h: tl.tensor,
+    query_stride_t: tl.tensor,
+    query_stride_d: tl.tensor,
+    key_stride_b: tl.tensor,
+    key_stride_h: tl.tensor,
+    key_stride_t: tl.tensor,
+    key_stride_d: tl.tensor,
+    value_stride_b: tl.tensor,
+    value_stride_h: tl.tensor,
+    value_stride_t: tl.tensor,
+    value_stride_d: tl.tensor,
+    heads: tl.tensor,  # H
+    group: tl.tensor,  # H // Hkv, the query heads that share a key head
+    q_len: tl.tensor,  # T
+    kv_len: tl.tensor,  # S
+    scale: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile of queries
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The gradients of BLOCK_N keys and values of one key head, from every query of every head that reads them."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    kv_heads = heads // group
+    program = tl.program_id(0)
+    # The first keys of a causal head are seen by the most queries: they start first.
+    first_key = program % tiles * BLOCK_N
+    kv_head = program // tiles % kv_heads
+    batch = (program // tiles // kv_heads).to(tl.int64)
+    query_stride_t = aligned(query_stride_t, ALIGNMENT)
+    grad_output_stride_t = aligned(grad_output_stride_t, ALIGNMENT)
+
+    keys = first_key + tl.arange(0, BLOCK_N)
+    key_mask = keys[:, None] < kv_len
+    key_offsets = keys.to(tl.int64)[:, None]
+    dims = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)[None, :]
+    key += batch * aligned(key_stride_b, ALIGNMENT) + kv_head.to(tl.int64) * aligned(key_stride_h, ALIGNMENT)
+    value += batch * aligned(value_stride_b, ALIGNMENT) + kv_head.to(tl.int64) * aligned(value_stride_h, ALIGNMENT)
+    key += key_offsets * aligned(key_stride_t, ALIGNMENT) + dims * key_stride_d
+    value += key_offsets * aligned(value_stride_t, ALIGNMENT) + value_dims * value_stride_d
+    key_tile = load_tile(key, key_mask, dims < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
+    value_tile = load_tile(value, key_mask, value_dims < VALUE_DIM, True, VALUE_DIM != BLOCK_DV)
+
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    query_offsets = rows * query_stride_t + dims * query_stride_d
+    grad_output_offsets = rows * grad_output_stride_t + value_dims * grad_output_stride_d
+    if not WIDE_OFFSETS:
+        query_offsets = query_offsets.to(tl.int32)
+        grad_output_offsets = grad_output_offsets.to(tl.int32)
+
+    # Queries in tiles: those that cross the diagonal are masked, so is one that crosses the end; the rest lie between.
+    end_of_full = q_len // BLOCK_M * BLOCK_M
+    if IS_CAUSAL:
+        first_row = tl.minimum(first_key // BLOCK_M * BLOCK_M, end_of_full)
+        first_unmasked = tl.minimum(tl.cdiv(first_key + BLOCK_N - 1, BLOCK_M) * BLOCK_M, end_of_full)
+    else:
+        first_row = 0
+        first_unmasked = 0
+    masked_tiles = (first_unmasked - first_row) // BLOCK_M + (end_of_full < q_len).to(tl.int32)
+
+    grad_key_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    grad_value_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
+    for member in tl.range(0, group):
+        head = kv_head * group + member
+        head_query = query + batch * aligned(query_stride_b, ALIGNMENT)
+        head_query += head.to(tl.int64) * aligned(query_stride_h, ALIGNMENT)
+        head_grad_output = grad_output + batch * aligned(grad_output_stride_b, ALIGNMENT)
+        head_grad_output += head.to(tl.int64) * aligned(grad_output_stride_h, ALIGNMENT)
+        head_logsumexp = logsumexp + (batch * heads + head) * q_len
+        head_delta = delta + (batch * heads + head) * q_len
+        for tile in tl.range(0, masked_tiles):
+            masked_row = first_row + tile * BLOCK_M
+            masked_row = tl.where(masked_row < first_unmasked, masked_row, end_of_full)
+            grad_key_tile, grad_value_tile = gather_from_queries(
+                grad_key_tile, grad_value_tile, key_tile, value_tile,
+                head_query, head_grad_output, head_logsumexp, head_delta,
+                query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
+                masked_row, keys, q_len, scale * LOG2_E,
+                HEAD_DIM, VALUE_DIM, True, IS_CAUSAL, PRECISION,
+            )  # fmt: skip
+        for unmasked_row in tl.range(first_unmasked, end_of_full, BLOCK_M):
+            grad_key_tile, grad_value_tile = gather_from_queries(
+                grad_key_tile, grad_value_tile, key_tile, value_tile,
+                head_query, head_grad_output, head_logsumexp, head_delta,
+                query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
+                unmasked_row, keys, q_len, scale * LOG2_E,
+                HEAD_DIM, VALUE_DIM, False, IS_CAUSAL, PRECISION,
+            )  # fmt: skip
+
+    tl.store(
+        token_pointers(grad_key, batch, kv_len, key_offsets, kv_heads, kv_head, dims, HEAD_DIM),
+        (grad_key_tile * scale).to(grad_key.dtype.element_ty),
+        mask=key_mask & (dims < HEAD_DIM),
+    )
+    tl.store(
+        token_pointers(grad_value, batch, kv_len, key_offsets, kv_heads, kv_head, value_dims, VALUE_DIM),
+        grad_value_tile.to(grad_value.dtype.element_ty),
+        mask=key_mask & (value_dims < VALUE_DIM),
+    )
+
+
+@triton.jit
+def gather_from_keys(
+    grad_query_tile: tl.tensor,  # [BLOCK_M, BLOCK_D] float32
+    query_tile: tl.tensor,  # [BLOCK_M, BLOCK_D]
+    grad_output_tile: tl.tensor,  # [BLOCK_M, BLOCK_DV]
+    row_exponent: tl.tensor,  # [BLOCK_M] float32
+    row_delta: tl.tensor,  # [BLOCK_M] float32
+    key: tl.tensor,  # at first_key
+    value: tl.tensor,  # at first_key
+    key_offsets: tl.tensor,  # [BLOCK_N, BLOCK_D]
+    value_offsets: tl.tensor,  # [BLOCK_N, BLOCK_DV]
+    key_step: tl.tensor,  # elements from one tile of keys to the next
+    value_step: tl.tensor,
+    first_key: tl.tensor,
+    end_key: tl.tensor,
+    rows: tl.tensor,  # [BLOCK_M]
+    kv_len: tl.tensor,
+    scale_log2: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Add what the keys first_key <= j < end_key contribute; only the MASKED stage looks at diagonal and end."""
+    BLOCK_N: tl.constexpr = key_offsets.shape[0]
+    dim_mask = tl.arange(0, key_offsets.shape[1])[None, :] < HEAD_DIM
+    value_dim_mask = tl.arange(0, value_offsets.shape[1])[None, :] < VALUE_DIM
+    for start in tl.range(first_key, end_key, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        key_mask = keys[:, None] < kv_len
+        key_tile = load_tile(
+            key + key_offsets, key_mask, dim_mask, MASKED, key_offsets.shape[1] != HEAD_DIM
+        )
+        value_tile = load_tile(
+            value + value_offsets, key_mask, value_dim_mask, MASKED, value_offsets.shape[1] != VALUE_DIM
+        )
+        scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        probabilities = tl.exp2(scores * scale_log2 - row_exponent[:, None])
+        grad_probabilities = tl.dot(grad_output_tile, tl.trans(value_tile), input_precision=PRECISION)
+        grad_scores = probabilities * (grad_probabilities - row_delta[:, None])
+        if MASKED:
+            visible = keys[None, :] < kv_len
+            if IS_CAUSAL:
+                visible = visible & (keys[None, :] <= rows[:, None])
+            grad_scores = tl.where(visible, grad_scores, 0.0)
+        grad_query_tile = tl.dot(
+            grad_scores.to(key_tile.dtype), key_tile, grad_query_tile, input_precision=PRECISION
+        )
+        key += key_step
+        value += value_step
+    return grad_query_tile, key, value
+
+
+# Operations: 2 * T * S * (2 D + Dv) multiply-adds a head (half of that if causal), one exp2 a score.
+# Memory: query, grad_output and grad_query once; key and value once per BLOCK_M queries, mostly from L2.
+@triton.jit(
+    do_not_specialize=[
+        "grad_output_stride_b", "grad_output_stride_h", "grad_output_stride_t",
+        "query_stride_b", "query_stride_h", "query_stride_t",
+        "key_stride_b", "key_stride_h", "key_stride_t",
+        "value_stride_b", "value_stride_h", "value_stride_t",
+        "heads", "group", "q_len", "kv_len",
+    ]
+)  # fmt: skip
+def attention_backward_query_kernel(
+    grad_output: tl.tensor,  # [B, H, T, Dv]
+    query: tl.tensor,  # [B, H, T, D]
+    key: tl.tensor,  # [B, Hkv, S, D]
+    value: tl.tensor,  # [B, Hkv, S, Dv]
+    logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
+    delta: tl.tensor,  # [B, H, T] float32, contiguous
+    grad_query: tl.tensor,  # [B, H, T, D], in memory (B, T, H, D)
+    grad_output_stride_b: tl.tensor,
+    grad_output_stride_h: tl.tensor,
+    grad_output_stride_t: tl.tensor,
+    grad_output_stride_d: tl.tensor,
+    query_stride_b: tl.tensor,
+    query_stride_h: tl.tensor,
+    query_stride_t: tl.tensor,
+    query_stride_d: tl.tensor,
+    key_stride_b: tl.tensor,
+    key_stride_h: tl.tensor,
+    key_stride_t: tl.tensor,
+    key_stride_d: tl.tensor,
+    value_stride_b: tl.tensor,
+    value_stride_h: tl.tensor,
+    value_stride_t: tl.tensor,
+    value_stride_d: tl.tensor,
+    heads: tl.tensor,  # H
+    group: tl.tensor,  # H // Hkv
+    q_len: tl.tensor,  # T
+    kv_len: tl.tensor,  # S
+    scale: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile of keys or values
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The gradient of BLOCK_M queries of one head, from every key that they see."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    program = tl.program_id(0)
+    # The last queries of a causal head see the most keys: they start first.
+    first_row = (tiles - 1 - program % tiles) * BLOCK_M
+    head = program // tiles % heads
+    batch = (program // tiles // heads).to(tl.int64)
+    kv_head = (head // group).to(tl.int64)
+    key_stride_t = aligned(key_stride_t, ALIGNMENT)
+    value_stride_t = aligned(value_stride_t, ALIGNMENT)
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows[:, None] < q_len
+    row_offsets = rows.to(tl.int64)[:, None]
+    dims = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)[None, :]
+    query += batch * aligned(query_stride_b, ALIGNMENT) + head.to(tl.int64) * aligned(query_stride_h, ALIGNMENT)
+    query += row_offsets * aligned(query_stride_t, ALIGNMENT) + dims * query_stride_d
+    grad_output += batch * aligned(grad_output_stride_b, ALIGNMENT)
+    grad_output += head.to(tl.int64) * aligned(grad_output_stride_h, ALIGNMENT)
+    grad_output += row_offsets * aligned(grad_output_stride_t, ALIGNMENT) + value_dims * grad_output_stride_d
+    query_tile = load_tile(query, row_mask, dims < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
+    grad_output_tile = load_tile(grad_output, row_mask, value_dims < VALUE_DIM, True, VALUE_DIM != BLOCK_DV)
+    statistics = (batch * heads + head) * q_len + rows
+    row_exponent = exponent_of(tl.load(logsumexp + statistics, mask=rows < q_len, other=float("inf")))
+    row_delta = tl.load(delta + statistics, mask=rows < q_len, other=0.0)
+
+    key += batch * aligned(key_stride_b, ALIGNMENT) + kv_head * aligned(key_stride_h, ALIGNMENT)
+    value += batch * aligned(value_stride_b, ALIGNMENT) + kv_head * aligned(value_stride_h, ALIGNMENT)
+    columns = tl.arange(0, BLOCK_N)[:, None]
+    key_offsets = columns * key_stride_t + dims * key_stride_d
+    value_offsets = columns * value_stride_t + value_dims * value_stride_d
+    if not WIDE_OFFSETS:
+        key_offsets = key_offsets.to(tl.int32)
+        value_offsets = value_offsets.to(tl.int32)
+    if IS_CAUSAL:
+        end_key = tl.minimum(kv_len, first_row + BLOCK_M)
+        unmasked_end = tl.minimum(kv_len, first_row + 1) // BLOCK_N * BLOCK_N
+    else:
+        end_key = kv_len
+        unmasked_end = kv_len // BLOCK_N * BLOCK_N
+    grad_query_tile = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    grad_query_tile, key, value = gather_from_keys(
+        grad_query_tile, query_tile, grad_output_tile, row_exponent, row_delta,
+        key, value, key_offsets, value_offsets, BLOCK_N * key_stride_t, BLOCK_N * value_stride_t,
+        0, unmasked_end, rows, kv_len, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, False, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
+    grad_query_tile, key, value = gather_from_keys(
+        grad_query_tile, query_tile, grad_output_tile, row_exponent, row_delta,
+        key, value, key_offsets, value_offsets, BLOCK_N * key_stride_t, BLOCK_N * value_stride_t,
+        unmasked_end, end_key, rows, kv_len, scale * LOG2_E,
+        HEAD_DIM, VALUE_DIM, True, IS_CAUSAL, PRECISION,
+    )  # fmt: skip
+    tl.store(
+        token_pointers(grad_query, batch, q_len, row_offsets, heads, head, dims, HEAD_DIM),
+        (grad_query_tile * scale).to(grad_query.dtype.element_ty),
+        mask=row_mask & (dims < HEAD_DIM),
+    )
+
+
+def attention_delta_call(grad_output: torch.Tensor, output: torch.Tensor, delta: torch.Tensor, tiles: AttentionTiles) -> Call:
+    """The launch that fills `delta` [B, H, T] (float32) with the row sums of grad_output * output."""
+    batch, heads, q_len, value_dim = output.shape
+    return Call(
+        kernel=attention_delta_kernel,
+        grid=(batch * heads * triton.cdiv(q_len, tiles.block_m),),
+        arguments={
+            "grad_output": grad_output,
+            "output": output,
+            "delta": delta,
+            **strides("grad_output", grad_output, "bhtd"),
+            **strides("output", output, "bhtd"),
+            "heads": heads,
+            "q_len": q_len,
+            "VALUE_DIM": value_dim,
+            "ALIGNMENT": alignment_of(grad_output, output),
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_DV": padded(value_dim),
+        },
+        options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+    )
+
+
+@dataclass(frozen=True)
+class BackwardInputs:
+    """What both of the large kernels read: [B, H, T, ...] and [B, Hkv, S, ...] as in `attention_backward`."""
+
+    grad_output: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    logsumexp: torch.Tensor
+    delta: torch.Tensor
+    is_causal: bool
+    scale: float
+    precision: str
+
+    def arguments(self, tiles: AttentionTiles) -> dict[str, Any]:
+        """The arguments that both kernels have, but for what tells whether offsets are wide."""
+        heads, q_len, head_dim = self.query.shape[1:]
+        kv_heads, kv_len, value_dim = self.value.shape[1:]
+        return {
+            "grad_output": self.grad_output,
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "logsumexp": self.logsumexp,
+            "delta": self.delta,
+            **strides("grad_output", self.grad_output, "bhtd"),
+            **strides("query", self.query, "bhtd"),
+            **strides("key", self.key, "bhtd"),
+            **strides("value", self.value, "bhtd"),
+            "heads": heads,
+            "group": heads // max(kv_heads, 1),
+            "q_len": q_len,
+            "kv_len": kv_len,
+            "scale": self.scale,
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "ALIGNMENT": alignment_of(self.grad_output, self.query, self.key, self.value),
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": padded(head_dim),
+            "BLOCK_DV": padded(value_dim),
+            "IS_CAUSAL": self.is_causal,
+            "PRECISION": self.precision,
+        }
+
+
+def attention_backward_key_value_call(
+    inputs: BackwardInputs, grad_key: torch.Tensor, grad_value: torch.Tensor, tiles: AttentionTiles
+) -> Call:
+    """The launch that fills `grad_key` [B, Hkv, S, D] and `grad_value` [B, Hkv, S, Dv]."""
+    batch, kv_heads, kv_len = grad_key.shape[:3]
+    return Call(
+        kernel=attention_backward_key_value_kernel,
+        grid=(batch * kv_heads * triton.cdiv(kv_len, tiles.block_n),),
+        arguments={
+            **inputs.arguments(tiles),
+            "grad_key": grad_key,
+            "grad_value": grad_value,
+            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_m, inputs.query, inputs.grad_output),
+        },
+        options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+    )
+
+
+def attention_backward_query_call(inputs: BackwardInputs, grad_query: torch.Tensor, tiles: AttentionTiles) -> Call:
+    """The launch that fills `grad_query` [B, H, T, D]."""
+    batch, heads, q_len = grad_query.shape[:3]
+    return Call(
+        kernel=attention_backward_query_kernel,
+        grid=(batch * heads * triton.cdiv(q_len, tiles.block_m),),
+        arguments={
+            **inputs.arguments(tiles),
+            "grad_query": grad_query,
+            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_n, inputs.key, inputs.value),
+        },
+        options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+    )
