@@ -17,8 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-PER_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "norm.cpp", "level.cpp"]
-ONCE = ["bindings.cpp", "isa.cpp", "scratch.cpp"]
+PER_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "norm_forward.cpp", "norm_backward.cpp", "level.cpp"]
+ONCE = ["bindings.cpp", "bindings_norm.cpp", "isa.cpp", "scratch.cpp"]
 X86_V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 X86_V4 = [
     *X86_V3,
@@ -92,7 +92,7 @@ class BuildOptionalExtension(build_ext):
                 )
 
             for source in ONCE:
-                target = [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source == "bindings.cpp" else []
+                target = [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source.startswith("bindings") else []
                 compile_source(source, Path(source).stem, [*COMMON, *target])
             for level, flags in LEVELS.get(platform.machine(), {"baseline": []}).items():
                 for source in PER_LEVEL:

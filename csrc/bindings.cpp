@@ -1,41 +1,19 @@
-// torch's side of the extension, and the only file that knows torch: the trilby:: operators on CPU tensors, through the
-// LibTorch stable ABI. Arguments arrive checked by kernels/ops.py's schemas and by the functions that call them; what
+// torch's side of the extension, for attention: the trilby:: operators on CPU tensors, through the LibTorch stable ABI.
+// Arguments arrive checked by kernels/ops.py's schemas and by the functions that call them; what
 // would make a kernel read outside its tensors is checked here again.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "bindings.h"
 
 #include <string>
 #include <tuple>
-#include <vector>
-
-#include "isa.h"
-#include "kernels.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using trilby::Dtype;
+using trilby::dtype_of;
+using trilby::empty;
+using trilby::torch_threads;
 using trilby::View;
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "trilby: ", name, " must be float32, bfloat16 or float16");
-  }
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
 
 View view_of(const Tensor& tensor) {
   const auto strides = tensor.strides();
@@ -45,16 +23,6 @@ View view_of(const Tensor& tensor) {
 // [B, H, T, D] in the memory order (B, T, H, D): what a projection of all heads reads without a copy.
 Tensor empty_heads_inside(int64_t B, int64_t H, int64_t T, int64_t D, ScalarType dtype) {
   return empty({B, H, T, D}, {T * H * D, D, H * D, 1}, dtype);
-}
-
-// torch's own threads. A call from inside a parallel region runs all workers in turn on the calling thread.
-const trilby::Threads torch_threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t workers, void (*body)(int64_t, void*), void* context) {
-            torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t worker = begin; worker < end; worker++) body(worker, context);
-            });
-          }};
 }
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,

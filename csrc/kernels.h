@@ -44,11 +44,58 @@ struct AttentionBackward {
   View grad_query, grad_key, grad_value;
 };
 
+// Rows of adjacent elements. Row r, counted through `sizes` with the last dimension fastest, lies at the sum of its
+// indices times `strides`, in elements.
+struct Rows {
+  static constexpr int MOST_DIMENSIONS = 4;
+  void* data;
+  int64_t dimensions, sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
+};
+
+struct NormShape {
+  int64_t rows, width;
+  Dtype dtype, weight_dtype;
+  bool centered;  // layer norm; otherwise RMS norm
+  float eps;
+};
+
+// Drops what draws a random word below `threshold`, and multiplies the rest by `scale`.
+struct Dropout {
+  uint32_t threshold;  // 0: no dropout
+  float scale;
+  uint64_t seed;
+};
+
+// All but `stream` and `branch` are contiguous. Null where absent: branch and summed (without a residual branch), weight,
+// bias, mean (of an RMS norm).
+struct NormForward {
+  NormShape shape;
+  Dropout dropout;
+  Rows stream, branch;
+  const void *weight, *bias;
+  void *normalized, *summed;
+  float *mean, *rstd;
+  float* workspace;  // norm_forward_workspace floats
+};
+
+// Null where absent: grad_summed, weight, mean, grad_branch (without dropout), grad_weight, grad_bias.
+struct NormBackward {
+  NormShape shape;
+  Dropout dropout;
+  Rows grad_normalized, grad_summed, summed;
+  const void* weight;
+  const float *mean, *rstd;
+  void *grad_stream, *grad_branch, *grad_weight, *grad_bias;
+  float* workspace;  // norm_backward_workspace floats
+};
+
 // Every kernel of one instruction-set level.
 struct Kernels {
   const char* level;
   void (*attention_forward)(const AttentionForward&, const Threads&);
   void (*attention_backward)(const AttentionBackward&, const Threads&);
+  void (*norm_forward)(const NormForward&, const Threads&);
+  void (*norm_backward)(const NormBackward&, const Threads&);
 };
 
 // At least `bytes` of 64-byte-aligned memory that belongs to the calling thread until it asks again. It is kept from

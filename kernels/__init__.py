@@ -1,5 +1,14 @@
 """Fused kernels for the two layers that every GPT repeats: causal-softmax attention and layer norm."""
 
 from .attention import scaled_dot_product_attention
+from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]

@@ -71,10 +71,104 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.trilby.attention_backward(
-        grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale
-    )
+    gradients = torch.ops.trilby.attention_backward(grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
     return (*gradients, None, None)
+
+
+def _fake_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_dims: int, centered: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = torch.float64 if input.dtype == torch.float64 else torch.float32
+    leading = input.shape[: input.dim() - normalized_dims]
+    return (
+        input.new_empty(input.shape),
+        input.new_empty(leading if centered else (0,), dtype=statistics),
+        input.new_empty(leading, dtype=statistics),
+    )
+
+
+def _fake_add_norm(
+    stream: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    normalized_dims: int,
+    centered: bool,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normalized, mean, rstd = _fake_norm(stream, weight, bias, normalized_dims, centered, eps)
+    return normalized, torch.empty_like(normalized), mean, rstd
+
+
+def _fake_norm_backward(
+    grad_normalized: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    absent = summed.new_empty(0)
+    return (
+        summed.new_empty(summed.shape),
+        absent if seed is None else summed.new_empty(summed.shape),
+        torch.empty_like(absent) if weight is None else weight.new_empty(weight.shape),
+        torch.empty_like(absent) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    stream, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(stream, *output[1:], weight, bias, None)
+    ctx.options.append(0.0)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, _, weight, bias, seed, *ctx.options = inputs
+    ctx.save_for_backward(*output[1:], weight, bias, seed)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx: Any, grad_normalized: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients of stream, branch, weight and bias, by the operator, or differentiably where that is asked for."""
+    summed, mean, rstd, weight, bias, seed = ctx.saved_tensors
+    normalized_dims, centered, eps, dropout_p = ctx.options
+    compute: Callable[..., tuple[Tensor, ...]] = torch.ops.trilby.norm_backward
+    if torch.is_grad_enabled():
+        compute = reference.norm_backward
+        mean, rstd = reference.statistics(summed, normalized_dims, centered, eps)
+    if grad_normalized is None:
+        grad_normalized = torch.zeros_like(summed)
+    grad_stream, grad_branch, grad_weight, grad_bias = compute(
+        grad_normalized, grad_summed, summed, mean, rstd, weight, bias, seed, normalized_dims, centered, dropout_p
+    )
+    return grad_stream, grad_stream if seed is None else grad_branch, grad_weight, grad_bias
+
+
+def _present(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else gradient
+
+
+def _norm_backward(ctx: Any, grad_normalized: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_input, _, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, None)
+    weight, bias = ctx.saved_tensors[3:5]
+    return grad_input, _present(grad_weight, weight), _present(grad_bias, bias), None, None, None
+
+
+def _add_norm_backward(
+    ctx: Any, grad_normalized: Tensor | None, grad_summed: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad_stream, grad_branch, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, grad_summed)
+    weight, bias = ctx.saved_tensors[3:5]
+    return grad_stream, grad_branch, _present(grad_weight, weight), _present(grad_bias, bias), *(None,) * 5
 
 
 OPERATORS = (
@@ -92,6 +186,32 @@ OPERATORS = (
         "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
         reference.attention_backward,
         _fake_attention_backward,
+    ),
+    Operator(
+        "norm",
+        "(Tensor input, Tensor? weight, Tensor? bias, int normalized_dims, bool centered, float eps) "
+        "-> (Tensor, Tensor, Tensor)",
+        reference.norm,
+        _fake_norm,
+        _norm_backward,
+        _save_norm,
+    ),
+    Operator(
+        "add_norm",
+        "(Tensor stream, Tensor branch, Tensor? weight, Tensor? bias, Tensor? seed, int normalized_dims, "
+        "bool centered, float eps, float dropout_p) -> (Tensor, Tensor, Tensor, Tensor)",
+        reference.add_norm,
+        _fake_add_norm,
+        _add_norm_backward,
+        _save_add_norm,
+    ),
+    Operator(
+        "norm_backward",
+        "(Tensor grad_normalized, Tensor? grad_summed, Tensor summed, Tensor mean, Tensor rstd, Tensor? weight, "
+        "Tensor? bias, Tensor? seed, int normalized_dims, bool centered, float dropout_p) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        reference.norm_backward,
+        _fake_norm_backward,
     ),
 )
 

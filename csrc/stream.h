@@ -1,0 +1,49 @@
+// Stores that pass the cache by: the line is written to memory without being read first, and evicts nothing. Memory must
+// be aligned to the width of the store. What was streamed is visible to other threads after `finish_streaming`.
+#pragma once
+
+#include "vector.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace trilby::TRILBY_LEVEL {
+
+// A level without such stores stores as usual.
+static inline void stream(float* to, Vector vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)vector);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)vector);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)vector);
+#else
+  store(to, vector);
+#endif
+}
+
+static inline void stream(uint16_t* to, Halves halves) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)to, (__m256i)halves);
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)to, (__m128i)halves);
+#elif defined(__SSE2__)
+  _mm_stream_si64((long long*)to, (long long)halves);
+#else
+  __builtin_memcpy(to, &halves, sizeof halves);
+#endif
+}
+
+// A register as it lies in memory.
+static inline Vector in_memory(Float32, Vector vector) { return vector; }
+static inline Halves in_memory(BFloat16, Vector vector) { return to_bfloat16(vector); }
+static inline Halves in_memory(Float16, Vector vector) { return to_float16(vector); }
+
+static inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace trilby::TRILBY_LEVEL
