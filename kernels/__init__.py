@@ -1,6 +1,7 @@
 """Fused kernels for the two layers that every GPT repeats: causal-softmax attention and layer norm."""
 
 from .attention import scaled_dot_product_attention
+from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "RMSNorm",
     "add_layer_norm",
     "add_rms_norm",
+    "keep_memory",
     "layer_norm",
     "rms_norm",
     "scaled_dot_product_attention",

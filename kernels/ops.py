@@ -158,7 +158,7 @@ def _present(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
 
 
 def _norm_backward(ctx: Any, grad_normalized: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_input, _, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, None)
+    grad_input, _branch, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, None)
     weight, bias = ctx.saved_tensors[3:5]
     return grad_input, _present(grad_weight, weight), _present(grad_bias, bias), None, None, None
 
