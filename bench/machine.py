@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
 from trilby.kernels.doctor import services
 
 MIB = 2**20

@@ -74,7 +74,7 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in ceilings.flops.items())
     copies = ", ".join(f"{copy.rate / 1e9:.0f} GB/s of {copy.moved / 2**20:.0f} MiB" for copy in ceilings.copies)
-    served = ", ".join(sorted({server for server in machine.services.values()}))
+    served = ", ".join(sorted(set(machine.services.values())))
     return [
         f"{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
         f"{machine.memory_bytes / 2**30:.0f} GiB, {machine.system}; {versions}; "

@@ -1,6 +1,7 @@
 """What a run found: one `Row` per line of the table, and everything that the table and the JSON are made of."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -133,7 +134,12 @@ class Training:
     @property
     def largest_difference(self) -> float:
         """Between the two loss curves, in nats."""
-        return max(abs(a - b) for a, b in zip(self.losses[OURS], self.losses[RIVAL]))
+        return self.distance(OURS, RIVAL)
+
+    def distance(self, one: str, other: str) -> float:
+        """The largest difference between two loss curves, in nats; infinite if a loss is a NaN."""
+        differences = [abs(a - b) for a, b in zip(self.losses[one], self.losses[other])]
+        return math.inf if any(map(math.isnan, differences)) else max(differences)
 
     @property
     def usual_change(self) -> float:

@@ -5,8 +5,8 @@ It times one contestant after the other, not in turns: for a ratio to believe, r
 
 import pytest
 import torch
-
-from trilby.bench.cases import ATTENTION_CASES, DIRECTIONS, DTYPES
+from pytest_benchmark.fixture import BenchmarkFixture
+from trilby.bench.cases import ATTENTION_CASES, DIRECTIONS, DTYPES, AttentionCase, Direction
 from trilby.bench.contestants import contestants, prepare
 
 SIDES = contestants(compiled=False)
@@ -15,7 +15,9 @@ SIDES = contestants(compiled=False)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.shape.replace(" ", "-"))
-def test_attention_speed(benchmark, case, dtype, direction, side):
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=[case.shape.replace(" ", "-") for case in ATTENTION_CASES])
+def test_attention_speed(
+    benchmark: BenchmarkFixture, case: AttentionCase, dtype: str, direction: Direction, side: str
+) -> None:
     benchmark.group = f"{case.operation} {case.shape} {dtype} {direction}"
     benchmark(prepare(case, getattr(torch, dtype)).call(SIDES[side], direction))

@@ -5,8 +5,8 @@ It times one contestant after the other, not in turns: for a ratio to believe, r
 
 import pytest
 import torch
-
-from trilby.bench.cases import DIRECTIONS, DTYPES, NORM_CASES
+from pytest_benchmark.fixture import BenchmarkFixture
+from trilby.bench.cases import DIRECTIONS, DTYPES, NORM_CASES, Direction, NormCase
 from trilby.bench.contestants import contestants, prepare
 
 SIDES = contestants(compiled=False)
@@ -15,7 +15,7 @@ SIDES = contestants(compiled=False)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", NORM_CASES, ids=lambda case: f"{case.operation}-{case.shape}")
-def test_norm_speed(benchmark, case, dtype, direction, side):
+@pytest.mark.parametrize("case", NORM_CASES, ids=[f"{case.operation}-{case.shape}" for case in NORM_CASES])
+def test_norm_speed(benchmark: BenchmarkFixture, case: NormCase, dtype: str, direction: Direction, side: str) -> None:
     benchmark.group = f"{case.operation} {case.shape} {dtype} {direction}"
     benchmark(prepare(case, getattr(torch, dtype)).call(SIDES[side], direction))

@@ -142,8 +142,7 @@ def _row(
     ceilings: Ceilings,
     text: Text,
 ) -> Row:
-    truth = training.losses[FLOAT64]
-    by = {name: max(abs(a - b) for a, b in zip(training.losses[name], truth)) for name in (OURS, RIVAL)}
+    by = {name: training.distance(name, FLOAT64) for name in (OURS, RIVAL)}
     return Row(
         "GPT training",
         lesson.shape,

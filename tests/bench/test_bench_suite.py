@@ -1,0 +1,106 @@
+"""The plan of a run, and the rows and trainings that it makes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from trilby.bench import suite
+from trilby.bench.cases import ATTENTION_CASES, NORM_CASES, SELF_CHECKS, AttentionCase, NormCase
+from trilby.bench.machine import Ceilings, Copy
+from trilby.bench.measure import Budget
+from trilby.bench.results import OURS, RIVAL
+from trilby.bench.suite import Plan, kernel_rows, work_of
+from trilby.bench.training import LESSON, QUICK_LESSON, train, training_flops, training_steps
+from trilby.gpt import GPTConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These are about what is done, not how fast; one thread needs nobody to wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),))
+
+
+def test_a_full_plan_has_every_case_and_the_allocator():
+    plan = Plan()
+    assert plan.cases == (*ATTENTION_CASES, *NORM_CASES)
+    assert plan.kernel_steps == len(SELF_CHECKS) + 4 * len(plan.cases) + 1
+
+
+@pytest.mark.parametrize(("only", "kinds"), [("attention", {AttentionCase}), ("norm", {NormCase}), ("gpt", set())])
+def test_one_group_alone(only, kinds):
+    plan = Plan(only)
+    assert {type(case) for case in plan.cases} == kinds
+    assert plan.includes(only)
+    assert not plan.includes("another")
+
+
+def test_cold_evicts_before_every_turn():
+    assert Plan().budget().before is None
+    assert Plan(cold=True).budget().before is not None
+
+
+def test_work_has_the_ceiling_of_its_kind():
+    attention, norm = AttentionCase(1, 1, 8, 4, ""), NormCase(1024, 512, "")
+    assert work_of(attention, "forward", "bfloat16", CEILINGS).ceiling == 2e11
+    assert work_of(norm, "forward", "bfloat16", CEILINGS).amount == 2 * 1024 * 512 * 2
+    assert work_of(norm, "forward", "bfloat16", CEILINGS).ceiling == 5e10
+
+
+def test_every_case_becomes_a_checked_row_and_advances(monkeypatch):
+    tiny = (AttentionCase(1, 2, 8, 4, "", quick=True), NormCase(4, 8, "", quick=True), NormCase(4, 8, "", True, True))
+    monkeypatch.setattr(suite, "ATTENTION_CASES", tiny[:1])
+    monkeypatch.setattr(suite, "NORM_CASES", tiny[1:])
+    monkeypatch.setattr(suite, "SELF_CHECKS", ((tiny[0], "forward"), (tiny[1], "forward+backward")))
+    monkeypatch.setattr(Plan, "budget", lambda self: Budget(0.0, least_rounds=2, sample_seconds=0.0))
+    steps, plan = [], Plan(quick=True)
+    rows = list(kernel_rows(plan, CEILINGS, lambda: steps.append(1)))
+    comparisons = [row for row in rows if not row.is_self_check]
+    assert len(rows) == len(steps) == plan.kernel_steps
+    assert len({(row.operation, row.dtype, row.direction) for row in comparisons}) == 3 * 2 * 2
+    assert all(row.errors and row.is_exact and set(row.peak_bytes) == {RIVAL, OURS} for row in comparisons)
+    assert [row.operation for row in rows if row.is_self_check] == ["attention", "layer_norm"]
+
+
+def test_a_gpt_step_counts_six_operations_per_parameter_and_token():
+    model = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=2, n_embd=4, bias=False)
+    matrices = 12 * 4 * 4 + 10 * 4  # one block's and the decoder's
+    norms = 3 * 4
+    attention = 3.5 * 4 * 3 * 2 * 8 * 8 * 2 / 2
+    assert training_flops(model, batch_size=3) == 6 * (matrices + norms) * 3 * 8 + attention
+
+
+def test_the_model_that_is_trained_is_named_by_its_sizes():
+    assert LESSON.shape == "6 layers 6x64 B=4 T=256"
+
+
+def test_training_in_turns_gives_two_curves_that_agree(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    monkeypatch.setenv("TRILBY_TEXT", str(text))
+    lesson, steps = replace(QUICK_LESSON, steps=6), []
+    rows, trainings = train(lesson, CEILINGS, lambda: steps.append(1))
+    assert len(steps) == training_steps(lesson)
+    assert [row.dtype for row in rows] == [training.dtype for training in trainings] == ["float32", "bfloat16"]
+    for row, training in zip(rows, trainings):
+        assert training.text == str(text)
+        assert training.agrees
+        assert row.is_exact
+        assert training.losses[OURS][-1] < training.losses[OURS][0]
+        assert len(row.seconds[OURS]) == len(row.seconds[RIVAL]) == lesson.steps - 2
+
+
+def test_one_seed_starts_both_trainings_alike(monkeypatch, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 200)
+    monkeypatch.setenv("TRILBY_TEXT", str(text))
+    state = torch.get_rng_state()
+    _, (training, _) = train(replace(QUICK_LESSON, steps=3), CEILINGS, lambda: None)
+    first = [losses[0] for losses in training.losses.values()]
+    assert max(first) - min(first) < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
