@@ -1,7 +1,7 @@
 // Causal-softmax attention, backward, on one instruction-set level.
 //
 // As in the forward, a panel of queries lies in the lanes. For every block of keys that it sees,
-//     Sᵀ[n][m]  = sum over d of K[n][d] · Qᵀ[d][m]         Pᵀ = 2^(Sᵀ - logsumexp[m])
+//     Sᵀ[n][m]  = sum over d of K[n][d] · Qᵀ[d][m]         Pᵀ = 2^((Sᵀ · scale - logsumexp[m]) · log2(e))
 //     dPᵀ[n][m] = sum over d of V[n][d] · dOᵀ[d][m]        dSᵀ = Pᵀ · (dPᵀ - delta[m]),  delta = rowsum(dO · O)
 //     dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m]
 //     dV[n][d]  += sum over m of Pᵀ[n][m] · dO[m][d]
@@ -31,7 +31,7 @@ struct Panel {
   int64_t first_query, count;
   float *queries_transposed, *grads_transposed, *grad_queries;  // [D][PANEL], [Dv][PANEL], [D][PANEL]
   float *queries, *grads;                                       // [PANEL][D], [PANEL][Dv], in whole vectors
-  float *logsumexp, *delta;                                     // [PANEL]; logsumexp in base 2
+  float *logsumexp, *delta;                                     // [PANEL]
 };
 
 struct Workspace {
@@ -108,15 +108,15 @@ void load_panel(const AttentionBackward& problem, const Head& head, int64_t firs
   const Element* query = row_of<Element>(problem.query, head.batch, head.query_head, first_query);
   const Element* grad = row_of<Element>(problem.grad_output, head.batch, head.query_head, first_query);
   const Element* output = row_of<Element>(problem.output, head.batch, head.query_head, first_query);
-  pack_transposed<Format>(query, problem.query, panel.count, D, shape.scale * LOG2_E, panel.queries_transposed, PANEL);
+  pack_transposed<Format>(query, problem.query, panel.count, D, 1.0f, panel.queries_transposed, PANEL);
   pack_transposed<Format>(grad, problem.grad_output, panel.count, Dv, 1.0f, panel.grads_transposed, PANEL);
   pack_padded<Format>(query, problem.query, panel.count, D, whole_vectors(D), panel.queries);
   pack_padded<Format>(grad, problem.grad_output, panel.count, Dv, whole_vectors(Dv), panel.grads);
   const float* logsumexp =
       problem.logsumexp + (head.batch * shape.query_heads + head.query_head) * shape.query_length + first_query;
   for (int64_t m = 0; m < PANEL; m++) {
-    const float natural = m < panel.count ? logsumexp[m] : INFINITE;
-    panel.logsumexp[m] = natural == -INFINITE ? 0.0f : natural * LOG2_E;  // a query without keys: 2^(-inf - 0)
+    panel.logsumexp[m] = m < panel.count ? logsumexp[m] : INFINITE;
+    if (panel.logsumexp[m] == -INFINITE) panel.logsumexp[m] = 0.0f;  // every score was -inf: 2^(-inf - 0)
   }
   pack_transposed<Format>(output, problem.output, panel.count, Dv, 1.0f, work.output_transposed, PANEL);
   sum_columns_of_product(work.output_transposed, panel.grads_transposed, Dv, panel.delta);
@@ -124,11 +124,11 @@ void load_panel(const AttentionBackward& problem, const Head& head, int64_t firs
 }
 
 // Scores to probabilities, their gradients to the scores' gradients, both [keys][PANEL] in place.
-void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, const Panel& panel) {
+void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, float scale, const Panel& panel) {
   for (int c = 0; c < PANEL_VECTORS; c++) {
     const Vector logsumexp = load(panel.logsumexp + c * LANES), delta = load(panel.delta + c * LANES);
     for (int64_t at = c * LANES; at < keys * PANEL; at += PANEL) {
-      const Vector probability = exp2_of_nonpositive(load(probabilities + at) - logsumexp);
+      const Vector probability = exp2_of_nonpositive((load(probabilities + at) * scale - logsumexp) * LOG2_E);
       store(probabilities + at, probability);
       store(grad_scores + at, probability * (load(grad_scores + at) - delta));
     }
@@ -154,9 +154,11 @@ void back_propagate(const AttentionShape& shape, const Panel& panel, const KeyBl
                                       work.probabilities, PANEL, nullptr, D);
   product<PANEL_VECTORS, Start::zero>(sight.keys, {block.values, Dv, 1}, panel.grads_transposed, PANEL,
                                       work.grad_scores, PANEL, nullptr, Dv);
-  if (sight.diagonal) hide(work.probabilities, sight, -INFINITE);
-  softmax_backward(work.probabilities, work.grad_scores, sight.keys, panel);
-  if (sight.diagonal) hide(work.grad_scores, sight, 0.0f);
+  softmax_backward(work.probabilities, work.grad_scores, sight.keys, shape.scale, panel);
+  if (sight.diagonal) {
+    hide(work.probabilities, sight, 0.0f);
+    hide(work.grad_scores, sight, 0.0f);
+  }
   if (wanted != Wanted::key_and_value) {
     const Operand keys = {block.keys, 1, D};
     if (sight.diagonal && !block.keys_finite) {

@@ -2,11 +2,12 @@
 //
 // The queries lie in the lanes: a panel of PANEL queries is transposed once, and then, block of keys by block of keys,
 //     Sᵀ[n][m] = sum over d of K[n][d] · Qᵀ[d][m]       K is read element by element
-//     Pᵀ[n][m] = 2^(Sᵀ[n][m] - max[m])                   online softmax, one query a lane: no horizontal reduction
-//     Oᵀ[d][m] = Oᵀ[d][m] · 2^(old max - max) + sum over n of V[n][d] · Pᵀ[n][m]
-// so that neither K nor V is ever transposed, and the T x S scores never exist.
+//     Pᵀ[n][m] = 2^((Sᵀ[n][m] - max[m]) · c)             online softmax, one query a lane: no horizontal reduction
+//     Oᵀ[d][m] = Oᵀ[d][m] · 2^((old max - max) · c) + sum over n of V[n][d] · Pᵀ[n][m]
+// with c = |scale| · log2(e), so that neither K nor V is ever transposed, and the T x S scores never exist. Differences
+// are taken before they are scaled: scores of 10^5, scaled first, would be off by 0.01.
 //
-// Operations: 2 · D + 2 · Dv flops and one exp2 (13 instructions for LANES scores) for each visible (query, key) pair,
+// Operations: 2 · D + 2 · Dv flops and one exp2 (15 instructions for LANES scores) for each visible (query, key) pair,
 // and for at most PANEL / 2 hidden keys a query on the diagonal.
 // Traffic: Q and O once; K and V once for every PANELS · PANEL queries, from the nearest cache that holds them.
 #include "level.h"
@@ -40,6 +41,16 @@ struct Workspace {
   }
 };
 
+// The scale in two parts: the maximum is taken over scores times its sign. A scale of 0 is all sign: -inf · 0, of a
+// hidden score, must not become a NaN.
+struct Scale {
+  float sign, size;
+
+  explicit Scale(const AttentionShape& shape)
+      : sign(shape.scale == 0.0f ? 0.0f : __builtin_copysignf(1.0f, shape.scale)),
+        size(shape.scale == 0.0f ? 1.0f : __builtin_fabsf(shape.scale)) {}
+};
+
 // One panel of queries and what its online softmax has come to.
 struct Panel {
   int64_t first_query, count;
@@ -47,7 +58,7 @@ struct Panel {
 };
 
 // Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by.
-void online_softmax(float* scores, int64_t keys, float* maxima, float* sums, float* factors) {
+void online_softmax(float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors) {
   for (int c = 0; c < PANEL_VECTORS; c++) {
     float* column = scores + c * LANES;
     const Vector old_maximum = load(maxima + c * LANES);
@@ -56,11 +67,11 @@ void online_softmax(float* scores, int64_t keys, float* maxima, float* sums, flo
     const Vector shift = maximum == -INFINITE ? Vector{} : maximum;  // nothing seen yet: -inf - 0, not -inf + inf
     Vector sum = {};
     for (int64_t n = 0; n < keys; n++) {
-      const Vector probability = exp2_of_nonpositive(load(column + n * PANEL) - shift);
+      const Vector probability = exp2_of_nonpositive((load(column + n * PANEL) - shift) * scale);
       store(column + n * PANEL, probability);
       sum += probability;
     }
-    const Vector factor = exp2_of_nonpositive(old_maximum - shift);
+    const Vector factor = exp2_of_nonpositive((old_maximum - shift) * scale);
     store(factors + c * LANES, factor);
     store(sums + c * LANES, load(sums + c * LANES) * factor + sum);
     store(maxima + c * LANES, maximum);
@@ -74,7 +85,7 @@ void attend(const AttentionShape& shape, const Panel& panel, const KeyBlock& blo
   product<PANEL_VECTORS, Start::zero>(sight.keys, keys, panel.queries, PANEL, work.scores, PANEL, nullptr,
                                       shape.head_dim);
   if (sight.diagonal) hide(work.scores, sight, -INFINITE);
-  online_softmax(work.scores, sight.keys, panel.maxima, panel.sums, work.factors);
+  online_softmax(work.scores, sight.keys, Scale(shape).size * LOG2_E, panel.maxima, panel.sums, work.factors);
   const Operand values = {block.values, 1, shape.value_dim};
   if (sight.diagonal && !block.values_finite) {
     product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
@@ -96,7 +107,7 @@ Panel start(const AttentionForward& problem, const Workspace& work, int64_t batc
                        work.maxima + p * PANEL,
                        work.sums + p * PANEL};
   pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head, panel.first_query),
-                          problem.query, panel.count, shape.head_dim, shape.scale * LOG2_E, panel.queries, PANEL);
+                          problem.query, panel.count, shape.head_dim, Scale(shape).sign, panel.queries, PANEL);
   for (int64_t i = 0; i < shape.value_dim * PANEL; i += LANES) store(panel.outputs + i, Vector{});
   for (int c = 0; c < PANEL_VECTORS; c++) {
     store(panel.maxima + c * LANES, broadcast(-INFINITE));
@@ -110,10 +121,11 @@ template <class Format>
 void finish(const AttentionForward& problem, const Panel& panel, int64_t batch, int64_t head) {
   const AttentionShape& shape = problem.shape;
   float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head) * shape.query_length + panel.first_query;
+  const float size = Scale(shape).size;
   float inverse[PANEL];
   for (int64_t m = 0; m < PANEL; m++) inverse[m] = panel.sums[m] == 0.0f ? 0.0f : 1.0f / panel.sums[m];
   for (int64_t m = 0; m < panel.count; m++) {
-    logsumexp[m] = (panel.maxima[m] + __builtin_log2f(panel.sums[m])) * LN_2;
+    logsumexp[m] = panel.maxima[m] * size + __builtin_logf(panel.sums[m]);
   }
   for (int64_t d = 0; d < shape.value_dim; d++) {
     for (int c = 0; c < PANEL_VECTORS; c++) {

@@ -19,7 +19,6 @@ constexpr int64_t BLOCK = 64;
 // Panels that share a block of packed keys and values, so that packing costs each a fraction.
 constexpr int64_t PANELS = 4;
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
 
 // Panels dealt together: fewer where there would be too few tiles to keep every thread busy to the end. What a panel
 // computes is the same either way.

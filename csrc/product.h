@@ -37,11 +37,12 @@ static inline void product_tile(Operand a, const float* b, int64_t b_step, float
     for (int r = 0; r < R; r++) {
       const Vector element = broadcast(a.data[r * a.row + k * a.step]);
       for (int c = 0; c < C; c++) {
+        const Vector added = sum[r][c] + element * columns[c];
         if constexpr (MASKED) {
           const Vector column = lane_numbers() + static_cast<float>(c * LANES);
-          sum[r][c] += column >= static_cast<float>(k - shift) ? element * columns[c] : Vector{};
+          sum[r][c] = column >= static_cast<float>(k - shift) ? added : sum[r][c];
         } else {
-          sum[r][c] += element * columns[c];
+          sum[r][c] = added;
         }
       }
     }

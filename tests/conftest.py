@@ -1,0 +1,31 @@
+"""Fixtures that every folder of tests shares."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from trilby.kernels.ops import NATIVE
+
+
+@pytest.fixture(params=NATIVE.levels or ["none"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction-set level of the C++ extension that this machine can run, one after the other."""
+    if not NATIVE.loaded:
+        pytest.skip(f"no C++ kernels to test: {NATIVE.reason}")
+    before = NATIVE.level
+    NATIVE.use_level(request.param)
+    yield request.param
+    NATIVE.use_level(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts back the number of threads that a test changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
