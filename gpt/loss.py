@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 # A chunk of logits in float32. Above 32 MiB the C allocator returns each buffer to the system and pays for its pages
 # again; at 16 MiB the products are too thin and the step takes a fifth longer.
@@ -27,7 +27,7 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tenso
     """Mean over the rows of `F.cross_entropy(F.linear(input, weight), target)`.
 
     Under autocast the products run in autocast's dtype; the softmax, the loss and the sums over chunks are float32
-    (float64 for float64 arguments). First derivatives only.
+    (float64 for float64 arguments).
 
     Args:
         input: (N, C), what the last layer puts out.
@@ -39,6 +39,7 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tenso
 
     Raises:
         ValueError: the shapes do not fit, or there is no row to take the mean of.
+        RuntimeError: in the backward pass, if second derivatives are asked for (`create_graph`).
     """
     if input.ndim != 2 or weight.ndim != 2 or input.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -92,8 +93,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # only under create_graph, where a gradient without a graph would count as constant
+            raise RuntimeError("linear_cross_entropy has no second derivatives; take those of F.cross_entropy")
         grad_input, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad_input * grad_output, grad_weight * grad_output, None
 
