@@ -9,7 +9,7 @@ from .attention_backward import (
     BackwardInputs,
     attention_backward_key_value_call,
     attention_backward_query_call,
-    attention_delta_call,
+    attention_backward_rows_call,
 )
 from .attention_forward import attention_forward_call
 from .launch import AttentionTiles, attention_backward_tiles, attention_forward_tiles
@@ -107,14 +107,13 @@ def attention_backward(
     grad_query = query.new_empty(B, T, H, D).transpose(1, 2)
     grad_key = key.new_empty(B, S, kv_heads, D).transpose(1, 2)
     grad_value = value.new_empty(B, S, kv_heads, value_dim).transpose(1, 2)
-    delta = torch.empty_like(logsumexp, memory_format=torch.contiguous_format)
+    exponent, delta = query.new_empty(2, B, H, T, dtype=torch.float32)
     inputs = BackwardInputs(
-        grad_output, query, key, value, logsumexp.contiguous(), delta, is_causal, scale,
-        dot_precision(target, query.dtype),
-    )  # fmt: skip
+        grad_output, query, key, value, exponent, delta, is_causal, scale, dot_precision(target, query.dtype)
+    )
     launch = attention_backward_tiles(target, query.dtype, max(D, value_dim))
     for call in (
-        attention_delta_call(grad_output, output, delta, launch.delta),
+        attention_backward_rows_call(grad_output, output, logsumexp.contiguous(), exponent, delta, launch.rows),
         attention_backward_key_value_call(inputs, grad_key, grad_value, tiles or launch.key_value),
         attention_backward_query_call(inputs, grad_query, tiles or launch.query),
     ):

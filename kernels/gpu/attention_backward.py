@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from .call import Call, alignment_of, needs_wide_offsets, padded, strides
-from .launch import AttentionTiles
-from .tile import aligned, exponent_of, load_tile, token_pointers
+from .launch import AttentionTiles, RowTiles
+from .tile import aligned, load_tile, token_pointers
 
 
-# Memory: grad_output and output once, 4 bytes out per row of Dv; nothing else counts.
+# Memory: grad_output and output once; 4 bytes in and 8 out for every row of Dv.
 @triton.jit(
     do_not_specialize=[
         "grad_output_stride_b", "grad_output_stride_h", "grad_output_stride_t",
@@ -27,9 +27,11 @@ from .tile import aligned, exponent_of, load_tile, token_pointers
         "heads", "q_len",
     ]
 )  # fmt: skip
-def attention_delta_kernel(
+def attention_backward_rows_kernel(
     grad_output: tl.tensor,  # [B, H, T, Dv]
     output: tl.tensor,  # [B, H, T, Dv]
+    logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
+    exponent: tl.tensor,  # [B, H, T] float32, contiguous
     delta: tl.tensor,  # [B, H, T] float32, contiguous
     grad_output_stride_b: tl.tensor,
     grad_output_stride_h: tl.tensor,
@@ -46,7 +48,12 @@ def attention_delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ) -> None:
-    """delta = the sum over a row of grad_output * output: what every score's gradient in the row is less by."""
+    """What every score of a row needs in the backward pass, once a row instead of once a score.
+
+    exponent: what exp2 subtracts from scaled scores to make probabilities of them, logsumexp in units of log2; of a
+    row that saw no key it is infinite, which makes the probabilities 0. delta: the sum of grad_output * output.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
     tiles = tl.cdiv(q_len, BLOCK_M)
     program = tl.program_id(0)
     head = (program // tiles % heads).to(tl.int64)
@@ -62,7 +69,11 @@ def attention_delta_kernel(
     output += row_offsets * aligned(output_stride_t, ALIGNMENT) + value_dims * output_stride_d
     product = tl.load(grad_output, mask=mask, other=0.0).to(tl.float32)
     product *= tl.load(output, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + (batch * heads + head) * q_len + rows, tl.sum(product, 1), mask=rows < q_len)
+    statistics = (batch * heads + head) * q_len + rows
+    row_logsumexp = tl.load(logsumexp + statistics, mask=rows < q_len, other=0.0)
+    row_exponent = tl.where(row_logsumexp == float("-inf"), float("inf"), row_logsumexp * LOG2_E)
+    tl.store(exponent + statistics, row_exponent, mask=rows < q_len)
+    tl.store(delta + statistics, tl.sum(product, 1), mask=rows < q_len)
 
 
 @triton.jit
@@ -73,7 +84,7 @@ def gather_from_queries(
     value_tile: tl.tensor,  # [BLOCK_N, BLOCK_DV]
     query: tl.tensor,  # row 0 of one head
     grad_output: tl.tensor,
-    logsumexp: tl.tensor,
+    exponent: tl.tensor,
     delta: tl.tensor,
     query_offsets: tl.tensor,  # [BLOCK_M, BLOCK_D]
     grad_output_offsets: tl.tensor,  # [BLOCK_M, BLOCK_DV]
@@ -100,11 +111,11 @@ def gather_from_queries(
         row_mask, dim_mask, MASKED, query_offsets.shape[1] != HEAD_DIM,
     )  # fmt: skip
     if MASKED:
-        # An infinite logsumexp makes the probabilities of rows past the end 0.
-        row_exponent = exponent_of(tl.load(logsumexp + rows, mask=rows < q_len, other=float("inf")))
+        # An infinite exponent makes the probabilities of rows past the end 0.
+        row_exponent = tl.load(exponent + rows, mask=rows < q_len, other=float("inf"))
         row_delta = tl.load(delta + rows, mask=rows < q_len, other=0.0)
     else:
-        row_exponent = exponent_of(tl.load(logsumexp + rows))
+        row_exponent = tl.load(exponent + rows)
         row_delta = tl.load(delta + rows)
     scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     probabilities = tl.exp2(scores * scale_log2 - row_exponent[None, :])
@@ -144,7 +155,7 @@ def attention_backward_key_value_kernel(
     query: tl.tensor,  # [B, H, T, D]
     key: tl.tensor,  # [B, Hkv, S, D]
     value: tl.tensor,  # [B, Hkv, S, Dv]
-    logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
+    exponent: tl.tensor,  # [B, H, T] float32, contiguous
     delta: tl.tensor,  # [B, H, T] float32, contiguous
     grad_key: tl.tensor,  # [B, Hkv, S, D], in memory (B, S, Hkv, D)
     grad_value: tl.tensor,  # [B, Hkv, S, Dv], in memory (B, S, Hkv, Dv)
@@ -189,7 +200,11 @@ def attention_backward_key_value_kernel(
     first_key = program % tiles * BLOCK_N
     kv_head = program // tiles % kv_heads
     batch = (program // tiles // kv_heads).to(tl.int64)
+    query += batch * aligned(query_stride_b, ALIGNMENT)
+    grad_output += batch * aligned(grad_output_stride_b, ALIGNMENT)
+    query_stride_h = aligned(query_stride_h, ALIGNMENT)
     query_stride_t = aligned(query_stride_t, ALIGNMENT)
+    grad_output_stride_h = aligned(grad_output_stride_h, ALIGNMENT)
     grad_output_stride_t = aligned(grad_output_stride_t, ALIGNMENT)
 
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -220,35 +235,33 @@ def attention_backward_key_value_kernel(
         first_row = 0
         first_unmasked = 0
     masked_tiles = (first_unmasked - first_row) // BLOCK_M + (end_of_full < q_len).to(tl.int32)
+    unmasked_tiles = (end_of_full - first_unmasked) // BLOCK_M
 
     grad_key_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     grad_value_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
-    for member in tl.range(0, group):
-        head = kv_head * group + member
-        head_query = query + batch * aligned(query_stride_b, ALIGNMENT)
-        head_query += head.to(tl.int64) * aligned(query_stride_h, ALIGNMENT)
-        head_grad_output = grad_output + batch * aligned(grad_output_stride_b, ALIGNMENT)
-        head_grad_output += head.to(tl.int64) * aligned(grad_output_stride_h, ALIGNMENT)
-        head_logsumexp = logsumexp + (batch * heads + head) * q_len
-        head_delta = delta + (batch * heads + head) * q_len
-        for tile in tl.range(0, masked_tiles):
-            masked_row = first_row + tile * BLOCK_M
-            masked_row = tl.where(masked_row < first_unmasked, masked_row, end_of_full)
-            grad_key_tile, grad_value_tile = gather_from_queries(
-                grad_key_tile, grad_value_tile, key_tile, value_tile,
-                head_query, head_grad_output, head_logsumexp, head_delta,
-                query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
-                masked_row, keys, q_len, scale * LOG2_E,
-                HEAD_DIM, VALUE_DIM, True, IS_CAUSAL, PRECISION,
-            )  # fmt: skip
-        for unmasked_row in tl.range(first_unmasked, end_of_full, BLOCK_M):
-            grad_key_tile, grad_value_tile = gather_from_queries(
-                grad_key_tile, grad_value_tile, key_tile, value_tile,
-                head_query, head_grad_output, head_logsumexp, head_delta,
-                query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
-                unmasked_row, keys, q_len, scale * LOG2_E,
-                HEAD_DIM, VALUE_DIM, False, IS_CAUSAL, PRECISION,
-            )  # fmt: skip
+    # One loop over the tiles of every head of the group: nested loops cost registers.
+    for index in tl.range(0, group * masked_tiles):
+        head = kv_head * group + index // masked_tiles
+        row = first_row + index % masked_tiles * BLOCK_M
+        grad_key_tile, grad_value_tile = gather_from_queries(
+            grad_key_tile, grad_value_tile, key_tile, value_tile,
+            query + head * query_stride_h, grad_output + head * grad_output_stride_h,
+            exponent + (batch * heads + head) * q_len, delta + (batch * heads + head) * q_len,
+            query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
+            tl.where(row < first_unmasked, row, end_of_full), keys, q_len, scale * LOG2_E,
+            HEAD_DIM, VALUE_DIM, True, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+    for index in tl.range(0, group * unmasked_tiles):
+        head = kv_head * group + index // unmasked_tiles
+        row = first_unmasked + index % unmasked_tiles * BLOCK_M
+        grad_key_tile, grad_value_tile = gather_from_queries(
+            grad_key_tile, grad_value_tile, key_tile, value_tile,
+            query + head * query_stride_h, grad_output + head * grad_output_stride_h,
+            exponent + (batch * heads + head) * q_len, delta + (batch * heads + head) * q_len,
+            query_offsets, grad_output_offsets, query_stride_t, grad_output_stride_t,
+            row, keys, q_len, scale * LOG2_E,
+            HEAD_DIM, VALUE_DIM, False, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
 
     tl.store(
         token_pointers(grad_key, batch, kv_len, key_offsets, kv_heads, kv_head, dims, HEAD_DIM),
@@ -332,7 +345,7 @@ def attention_backward_query_kernel(
     query: tl.tensor,  # [B, H, T, D]
     key: tl.tensor,  # [B, Hkv, S, D]
     value: tl.tensor,  # [B, Hkv, S, Dv]
-    logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
+    exponent: tl.tensor,  # [B, H, T] float32, contiguous
     delta: tl.tensor,  # [B, H, T] float32, contiguous
     grad_query: tl.tensor,  # [B, H, T, D], in memory (B, T, H, D)
     grad_output_stride_b: tl.tensor,
@@ -392,7 +405,7 @@ def attention_backward_query_kernel(
     query_tile = load_tile(query, row_mask, dims < HEAD_DIM, True, HEAD_DIM != BLOCK_D)
     grad_output_tile = load_tile(grad_output, row_mask, value_dims < VALUE_DIM, True, VALUE_DIM != BLOCK_DV)
     statistics = (batch * heads + head) * q_len + rows
-    row_exponent = exponent_of(tl.load(logsumexp + statistics, mask=rows < q_len, other=float("inf")))
+    row_exponent = tl.load(exponent + statistics, mask=rows < q_len, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=rows < q_len, other=0.0)
 
     key += batch * aligned(key_stride_b, ALIGNMENT) + kv_head * aligned(key_stride_h, ALIGNMENT)
@@ -429,15 +442,24 @@ def attention_backward_query_kernel(
     )
 
 
-def attention_delta_call(grad_output: torch.Tensor, output: torch.Tensor, delta: torch.Tensor, tiles: AttentionTiles) -> Call:
-    """The launch that fills `delta` [B, H, T] (float32) with the row sums of grad_output * output."""
+def attention_backward_rows_call(
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    exponent: torch.Tensor,
+    delta: torch.Tensor,
+    rows: RowTiles,
+) -> Call:
+    """The launch that fills `exponent` and `delta`, both [B, H, T] float32."""
     batch, heads, q_len, value_dim = output.shape
     return Call(
-        kernel=attention_delta_kernel,
-        grid=(batch * heads * triton.cdiv(q_len, tiles.block_m),),
+        kernel=attention_backward_rows_kernel,
+        grid=(batch * heads * triton.cdiv(q_len, rows.block_m),),
         arguments={
             "grad_output": grad_output,
             "output": output,
+            "logsumexp": logsumexp,
+            "exponent": exponent,
             "delta": delta,
             **strides("grad_output", grad_output, "bhtd"),
             **strides("output", output, "bhtd"),
@@ -445,10 +467,10 @@ def attention_delta_call(grad_output: torch.Tensor, output: torch.Tensor, delta:
             "q_len": q_len,
             "VALUE_DIM": value_dim,
             "ALIGNMENT": alignment_of(grad_output, output),
-            "BLOCK_M": tiles.block_m,
+            "BLOCK_M": rows.block_m,
             "BLOCK_DV": padded(value_dim),
         },
-        options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        options={"num_warps": rows.num_warps},
     )
 
 
@@ -460,7 +482,7 @@ class BackwardInputs:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    logsumexp: torch.Tensor
+    exponent: torch.Tensor
     delta: torch.Tensor
     is_causal: bool
     scale: float
@@ -475,7 +497,7 @@ class BackwardInputs:
             "query": self.query,
             "key": self.key,
             "value": self.value,
-            "logsumexp": self.logsumexp,
+            "exponent": self.exponent,
             "delta": self.delta,
             **strides("grad_output", self.grad_output, "bhtd"),
             **strides("query", self.query, "bhtd"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .targets import Target
+from .targets import Device, Target
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,81 @@ def attention_forward_tiles(target: Target, dtype: torch.dtype, head_dim: int, q
 
 
 @dataclass(frozen=True)
+class RowTiles:
+    """How a kernel without products is cut: a program holds `block_m` rows."""
+
+    block_m: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class BackwardTiles:
     """The three launches of one backward pass."""
 
-    delta: AttentionTiles
+    rows: RowTiles
     key_value: AttentionTiles
     query: AttentionTiles
 
 
 def attention_backward_tiles(target: Target, dtype: torch.dtype, head_dim: int) -> BackwardTiles:
-    return BackwardTiles(*[AttentionTiles(32,32,4,1)]*3)
+    return BackwardTiles(RowTiles(32,4),*[AttentionTiles(32,32,4,1)]*2)
+
+
+@dataclass(frozen=True)
+class NormTiles:
+    """How a norm kernel is cut: `programs` at most walk over the rows, `block_n` columns at a time."""
+
+    block_n: int
+    num_warps: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One row of a norm table: rows of up to `width` elements, in programs of `num_warps` warps, and why."""
+
+    width: int
+    num_warps: int
+    reason: str
+
+
+NORM_FORWARD = (
+    NormRow(512, 1, "a warp holds a row, 16 elements a thread: sums need no barrier"),
+    NormRow(1024, 2, "16 elements a thread; more programs in flight hide more of the memory's latency than wider ones"),
+    NormRow(2048, 4, "16 elements a thread"),
+    NormRow(8192, 8, "up to 32 elements a thread, with weight and bias 96 registers"),
+    NormRow(16384, 16, "32 elements a thread; the widest row whose registers 2 programs a processor still fit"),
+)
+NORM_BACKWARD = (
+    NormRow(256, 1, "8 elements a thread, each with 5 float32 values that live through the loop"),
+    NormRow(1024, 4, "8 elements a thread"),
+    NormRow(2048, 8, "8 elements a thread"),
+    NormRow(8192, 16, "up to 16 elements a thread: 80 of the 128 registers that 512 threads may have"),
+)
+# A chunk of a row that is wider than its table goes: 8 elements a thread, whatever the chunk's kernel keeps of each.
+WIDE = NormRow(4096, 16, "")
+# Enough warps on a processor to hide the memory's latency; the backward has half of it, for each program writes
+# its part of the weights' gradient.
+FORWARD_WARPS = 32
+BACKWARD_WARPS = 16
+
+
+def norm_forward_tiles(device: Device, width: int) -> NormTiles:
+    """The launch parameters of the forward for rows of `width` elements; wider ones than block_n go in chunks."""
+    return _norm_tiles(NORM_FORWARD, FORWARD_WARPS, device, width)
+
+
+def norm_backward_tiles(device: Device, width: int) -> NormTiles:
+    """The launch parameters of the backward for rows of `width` elements; wider ones than block_n go in chunks."""
+    return _norm_tiles(NORM_BACKWARD, BACKWARD_WARPS, device, width)
+
+
+def _norm_tiles(table: tuple[NormRow, ...], warps: int, device: Device, width: int) -> NormTiles:
+    for row in table:
+        if width <= row.width:
+            # Random words come in groups of 64 columns.
+            block_n = max(64, 1 << (width - 1).bit_length())
+            break
+    else:
+        row, block_n = WIDE, WIDE.width
+    return NormTiles(block_n, row.num_warps, device.processors * (warps // row.num_warps))

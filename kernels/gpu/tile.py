@@ -45,10 +45,3 @@ def token_pointers(
 ) -> tl.tensor:
     """Where a tile of one head lies in a result, whose layout is always tokens first, then heads."""
     return tensor + ((batch * length + tokens) * heads + head) * HEAD_DIM + dims
-
-
-@triton.jit
-def exponent_of(logsumexp: tl.tensor) -> tl.tensor:
-    """What exp2 subtracts to make probabilities of scores; a row that saw no key (-inf) gets probabilities of 0."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    return tl.where(logsumexp == float("-inf"), float("inf"), logsumexp * LOG2_E)

@@ -1,0 +1,154 @@
+"""Norms on a GPU: check the tensors, choose the launch, allocate the results, run the kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .launch import NormTiles, norm_forward_tiles
+from .norm_forward import Dropout, NormResults, norm_forward_call
+from .targets import device_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_WIDTH = 65536
+
+
+def norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_dims: int,
+    centered: bool,
+    eps: float,
+    tiles: NormTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm, or RMS norm where not `centered`: what `torch.ops.trilby.norm` means.
+
+    Args:
+        input: [leading dimensions, normalized dimensions], float16, bfloat16 or float32, of any strides; up to 65,536
+            elements are normalized together.
+        weight: [normalized dimensions], of any of the three dtypes; none counts as 1.
+        bias: [normalized dimensions], of any of the three dtypes; none counts as 0.
+        normalized_dims: How many of the last dimensions make a row.
+        centered: Subtract the mean (layer norm; `F.rms_norm` does not).
+        eps: What is added to the variance.
+        tiles: Launch parameters other than the table's.
+
+    Returns:
+        The normalized input, contiguous and in its dtype, mean (empty unless centered) and 1 / sqrt(variance + eps),
+        both [leading dimensions] in float32.
+
+    Raises:
+        TypeError: A dtype that is none of the three.
+        ValueError: Shapes that do not fit, or a device that has no kernel.
+    """
+    normalized, _, mean, rstd = _forward(
+        input, None, weight, bias, Dropout(None, 0.0), normalized_dims, centered, eps, tiles
+    )
+    return normalized, mean, rstd
+
+
+def add_norm(
+    stream: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    normalized_dims: int,
+    centered: bool,
+    eps: float,
+    dropout_p: float,
+    tiles: NormTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`norm` of summed = stream + dropout(branch), and summed itself, in one pass: `torch.ops.trilby.add_norm`.
+
+    Args:
+        stream: As `norm`'s input.
+        branch: The same shape and dtype, of any strides.
+        weight: As `norm`'s.
+        bias: As `norm`'s.
+        seed: [1] int64 on the same device: which elements dropout drops; none without dropout.
+        normalized_dims: As `norm`'s.
+        centered: As `norm`'s.
+        eps: As `norm`'s.
+        dropout_p: The probability that an element of `branch` is dropped.
+        tiles: Launch parameters other than the table's.
+
+    Returns:
+        The normalized sum and the sum, contiguous and in stream's dtype, and the statistics of the rounded sum, as
+        `norm`'s.
+
+    Raises:
+        TypeError, ValueError: As `norm`; or branch is not like stream.
+    """
+    if branch.shape != stream.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)} and stream {tuple(stream.shape)}; they must be equal")
+    if branch.dtype != stream.dtype:
+        raise TypeError(f"branch is {branch.dtype} and stream is {stream.dtype}; they must be the same")
+    dropout = Dropout(seed, dropout_p)
+    return _forward(stream, branch, weight, bias, dropout, normalized_dims, centered, eps, tiles)
+
+
+def _forward(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout: Dropout,
+    normalized_dims: int,
+    centered: bool,
+    eps: float,
+    tiles: NormTiles | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_norm(stream, weight, bias, normalized_dims)
+    leading = stream.shape[: stream.dim() - normalized_dims]
+    normalized = torch.empty_like(stream, memory_format=torch.contiguous_format)
+    summed = torch.empty_like(normalized) if branch is not None else normalized.new_empty(0)
+    mean = normalized.new_empty(leading if centered else (0,), dtype=torch.float32)
+    rstd = normalized.new_empty(leading, dtype=torch.float32)
+    stream_rows = as_rows(stream, normalized_dims)
+    results = NormResults(normalized, summed if branch is not None else None, mean if centered else None, rstd)
+    norm_forward_call(
+        stream_rows,
+        None if branch is None else as_rows(branch, normalized_dims),
+        (_flat(weight), _flat(bias)),
+        dropout,
+        eps,
+        results,
+        tiles or norm_forward_tiles(device_of(stream, "input"), stream_rows.shape[1]),
+    ).run(stream.device)
+    return normalized, summed, mean, rstd
+
+
+def as_rows(tensor: Tensor, normalized_dims: int) -> Tensor:
+    """[M, N], without a copy wherever strides can say it; PyTorch's own norms copy whatever is not contiguous."""
+    width = math.prod(tensor.shape[tensor.dim() - normalized_dims :])
+    return tensor.reshape(math.prod(tensor.shape[: tensor.dim() - normalized_dims]), width)
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1).contiguous()
+
+
+def check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_dims: int) -> None:
+    """Refuse what the kernels would compute wrongly.
+
+    Raises:
+        TypeError, ValueError: As `norm` says.
+    """
+    if not 1 <= normalized_dims <= input.dim():
+        raise ValueError(f"normalized_dims is {normalized_dims}; 1 to {input.dim()}, input's dimensions, are allowed")
+    shape = input.shape[input.dim() - normalized_dims :]
+    if math.prod(shape) > MAX_WIDTH:
+        raise ValueError(f"{math.prod(shape)} elements are normalized together; at most {MAX_WIDTH} are supported")
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; {', '.join(map(str, DTYPES))} are supported")
+        if tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device} and input is on {input.device}")
+        if tensor is not input and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
