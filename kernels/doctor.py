@@ -1,7 +1,6 @@
 """`python -m trilby.kernels`: what serves each operator on this machine, and for what does not, why and what to do."""
 
 import importlib
-import importlib.util
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,9 +44,10 @@ def _on_cpu(operator: str) -> Service:
 
 
 def _on_cuda(operator: str) -> Service:
-    if importlib.util.find_spec("triton") is None:
-        return Service(operator, "cuda", "PyTorch", "triton is not installed", "pip install triton")
-    gpu = importlib.import_module(f"{__package__}.gpu")
+    try:
+        gpu = importlib.import_module(f"{__package__}.gpu")
+    except ModuleNotFoundError as missing:
+        return Service(operator, "cuda", "PyTorch", f"{missing.name} is not installed", f"pip install {missing.name}")
     if not hasattr(gpu, operator):
         return Service(operator, "cuda", "PyTorch", "trilby has no Triton kernel for it yet")
     if not torch.cuda.is_available():
