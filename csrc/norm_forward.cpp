@@ -3,58 +3,88 @@
 //     summed = stream + dropout(branch)                        only with a branch
 //     normalized = (summed - mean) · rstd · weight + bias      mean = 0 for an RMS norm
 //
-// A row is read from memory once: its statistics and its normalization pass over it again in the first-level cache,
-// while the next row is fetched. Traffic an element: one read and one write, or two and two with a branch.
+// A row is read from memory once: its normalization finds it in the cache. The statistics of a row are taken before the
+// row above it is normalized, so that neither waits for the other, and the row below it is fetched meanwhile.
+// Traffic an element: one read and one write, or two and two with a branch.
 //
-// The mean is summed, and then mended by the mean of the deviations from it, so that a mean of 10⁶ leaves the variance
-// exact: deviations are taken first, x - mean is exact for x near the mean, and the rounding error of the mean is known.
+// The statistics take one pass. Deviations are from the mean of the row's first columns, so that a mean of 10⁶ costs the
+// variance nothing: they are exact near that mean. Where it turns out to be far from the row's mean, a second pass takes
+// deviations from the latter.
 #include "norm.h"
 
 namespace trilby::TRILBY_LEVEL {
 
 namespace {
 
+// The row's mean is origin + shift; deviations are taken from `origin`.
 struct Statistics {
-  float mean, shift, rstd;  // the mean is mean + shift: `mean` is what deviations are taken from
+  float origin, shift, rstd;
+};
+
+template <class Source>
+float mean_of_first_columns(const typename Source::Element* row, int64_t width) {
+  Pair sums[CHAINS] = {};
+  const int64_t columns = smaller(width, CHAINS * PAIR);
+  walk(columns, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
+    sums[chain] = sums[chain] + load_pair<Source>(row + column, step);
+  });
+  return total(sums) / static_cast<float>(columns);
+}
+
+struct Moments {
+  float shift, variance;
 };
 
 template <class Source, bool CENTERED>
-Statistics statistics(const typename Source::Element* row, int64_t width, float eps) {
-  const float count = static_cast<float>(width);
-  float mean = 0.0f;
-  if constexpr (CENTERED) {
-    Vector sums[CHAINS] = {};
-    walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-      sums[chain] += load_at<Source>(row + column, step);
-    });
-    mean = total(sums) / count;
-  }
-  Vector deviations[CHAINS] = {}, squares[CHAINS] = {};
+Moments moments(const typename Source::Element* row, int64_t width, float origin) {
+  Pair deviations[CHAINS] = {}, squares[CHAINS] = {};
   walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-    const Vector deviation = only_elements(load_at<Source>(row + column, step) - mean, step);
-    if constexpr (CENTERED) deviations[chain] += deviation;
-    squares[chain] += deviation * deviation;
+    Pair deviation = load_pair<Source>(row + column, step);
+    if constexpr (CENTERED) {
+      deviation = only_columns(deviation - origin, step);
+      deviations[chain] = deviations[chain] + deviation;
+    }
+    squares[chain] = squares[chain] + deviation * deviation;
   });
+  const float count = static_cast<float>(width);
   const float shift = CENTERED ? total(deviations) / count : 0.0f;
   const float variance = total(squares) / count - shift * shift;
-  return {mean, shift, 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
+  return {shift, variance < 0.0f ? 0.0f : variance};
+}
+
+template <class Source, bool CENTERED>
+Statistics statistics(const typename Source::Element* row, int64_t width, float eps) {
+  float origin = CENTERED ? mean_of_first_columns<Source>(row, width) : 0.0f;
+  Moments of = moments<Source, CENTERED>(row, width, origin);
+  // The variance is a difference of two numbers; up to here it loses a factor of 1.25, a third of a bit.
+  if (of.shift * of.shift > 0.25f * of.variance) {
+    origin += of.shift;
+    of = moments<Source, CENTERED>(row, width, origin);
+  }
+  return {origin, of.shift, 1.0f / __builtin_sqrtf(of.variance + eps)};
 }
 
 struct Weights {
-  const float *weight, *bias;
+  const float *weight, *bias;  // in pair order
 };
 
-// `next` is fetched along the way: it is the row after this one.
+// Rows of the input that are read soon; null where there is no branch.
+template <class Format>
+struct Ahead {
+  const typename Format::Element *stream, *branch;
+};
+
 template <class Source, class Format, Stores STORES>
-void normalize(const typename Source::Element* row, const Statistics& of, const Weights& weights,
-               typename Format::Element* normalized, const typename Source::Element* next, int64_t width) {
+void normalize(const typename Source::Element* row, const Statistics of, const Weights weights,
+               typename Format::Element* normalized, const Ahead<Format> ahead, int64_t width) {
   const float offset = -of.shift * of.rstd;
   walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
-    __builtin_prefetch(next + column);
-    const Vector unit = (load_at<Source>(row + column, step) - of.mean) * of.rstd + offset;
-    const Vector scaled = unit * load_at<Float32>(weights.weight + column, step) +
-                          load_at<Float32>(weights.bias + column, step);
-    store_at<Format, STORES>(normalized + column, scaled, step);
+    fetch(ahead.stream + column);
+    if (ahead.branch) fetch(ahead.branch + column);
+    const Pair unit = (load_pair<Source>(row + column, step) - of.origin) * of.rstd + offset;
+    const Pair scaled = unit * load_pair<Float32>(weights.weight + column, step) +
+                        load_pair<Float32>(weights.bias + column, step);
+    store_pair<Format, STORES>(normalized + column, scaled, step);
   });
 }
 
@@ -63,62 +93,85 @@ template <class Format, Stores STORES>
 void add_branch(const typename Format::Element* stream, const typename Format::Element* branch, const float* factors,
                 typename Format::Element* summed, float* row, int64_t width) {
   walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
-    Vector added = load_at<Format>(branch + column, step);
-    if (factors) added *= load_at<Float32>(factors + column, step);
-    const Vector sum = rounded(Format{}, load_at<Format>(stream + column, step) + added);
-    store_at<Format, STORES>(summed + column, sum, step);
-    store_at<Float32>(row + column, sum, step);
+    Pair added = load_pair<Format>(branch + column, step);
+    if (factors) added = added * to_pair_order<Format, decltype(step)>(load_in_order<Float32>(factors + column, step), step);
+    const Pair sum = rounded(Format{}, load_pair<Format>(stream + column, step) + added);
+    store_pair<Format, STORES>(summed + column, sum, step);
+    store_in_order<Float32>(row + column, sum, step);
   });
 }
 
-template <class Format, bool CENTERED, Stores STORES>
-void forward_rows(const NormForward& call, const Weights& weights, int64_t begin, int64_t end) {
+template <class Format, bool CENTERED, bool BRANCH, Stores STORES>
+class Forward {
   using Element = typename Format::Element;
-  const int64_t width = call.shape.width;
-  const RowScratch scratch(width);
-  for (int64_t r = begin; r < end; r++) {
-    Element* normalized = static_cast<Element*>(call.normalized) + r * width;
-    const Element* stream = row_at<Format>(call.stream, r);
-    const Element* next = row_at<Format>(call.stream, r + 1 < end ? r + 1 : r);
-    Statistics of;
-    if (call.branch.data) {
-      if (call.dropout.threshold) dropout_factors(call.dropout, r, width, scratch.factors);
-      add_branch<Format, STORES>(stream, row_at<Format>(call.branch, r),
-                                 call.dropout.threshold ? scratch.factors : nullptr,
-                                 static_cast<Element*>(call.summed) + r * width, scratch.row, width);
-      of = statistics<Float32, CENTERED>(scratch.row, width, call.shape.eps);
-      normalize<Float32, Format, STORES>(scratch.row, of, weights, normalized, scratch.row, width);
-    } else {
-      of = statistics<Format, CENTERED>(stream, width, call.shape.eps);
-      normalize<Format, Format, STORES>(stream, of, weights, normalized, next, width);
-    }
-    if constexpr (CENTERED) call.mean[r] = of.mean + of.shift;
-    call.rstd[r] = of.rstd;
-  }
-  if constexpr (STORES == Stores::streamed) finish_streaming();
-}
+  using Source = std::conditional_t<BRANCH, Float32, Format>;
 
-template <class Format, bool CENTERED>
+  const NormForward& call;
+  const Weights weights;
+  const RowScratch scratch;
+  const int64_t begin, end, width;
+
+  const typename Source::Element* source(int64_t r) const {
+    if constexpr (BRANCH) return scratch.rows[r % 2];
+    else return row_at<Format>(call.stream, r);
+  }
+
+  Statistics prepare(int64_t r) const {
+    if constexpr (BRANCH) {
+      if (call.dropout.threshold) dropout_factors(call.dropout, r, width, scratch.factors);
+      add_branch<Format, STORES>(row_at<Format>(call.stream, r), row_at<Format>(call.branch, r),
+                                 call.dropout.threshold ? scratch.factors : nullptr,
+                                 static_cast<Element*>(call.summed) + r * width, scratch.rows[r % 2], width);
+    }
+    return statistics<Source, CENTERED>(source(r), width, call.shape.eps);
+  }
+
+ public:
+  Forward(const NormForward& call, const Weights& weights, int64_t begin, int64_t end)
+      : call(call), weights(weights), scratch(call.shape.width), begin(begin), end(end), width(call.shape.width) {}
+
+  void run() const {
+    Statistics of = prepare(begin);
+    for (int64_t r = begin; r < end; r++) {
+      const Statistics next = r + 1 < end ? prepare(r + 1) : of;
+      const int64_t soon = smaller(r + 2, end - 1);
+      const Ahead<Format> ahead = {row_at<Format>(call.stream, soon),
+                                   BRANCH ? row_at<Format>(call.branch, soon) : nullptr};
+      normalize<Source, Format, STORES>(source(r), of, weights, static_cast<Element*>(call.normalized) + r * width,
+                                        ahead, width);
+      if constexpr (CENTERED) call.mean[r] = of.origin + of.shift;
+      call.rstd[r] = of.rstd;
+      of = next;
+    }
+    if constexpr (STORES == Stores::streamed) finish_streaming();
+  }
+};
+
+template <class Format, bool CENTERED, bool BRANCH>
 void forward(const NormForward& call, const Threads& threads) {
   const NormShape& shape = call.shape;
   const Weights weights = {
-      weight_as_floats(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace),
-      weight_as_floats(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width)};
-  const bool streamed = stores_for<Format>(shape, call.normalized, call.summed) == Stores::streamed;
+      widened<Format>(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace),
+      widened<Format>(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width)};
+  const bool streamed = streams<Format>(shape, call.normalized, call.summed);
   const int64_t rows = norm_task_rows(shape.width);
   deal(ceiling(shape.rows, rows), threads, [&](int64_t task) {
     const int64_t begin = task * rows, end = smaller(begin + rows, shape.rows);
     if (streamed) {
-      forward_rows<Format, CENTERED, Stores::streamed>(call, weights, begin, end);
+      Forward<Format, CENTERED, BRANCH, Stores::streamed>(call, weights, begin, end).run();
     } else {
-      forward_rows<Format, CENTERED, Stores::cached>(call, weights, begin, end);
+      Forward<Format, CENTERED, BRANCH, Stores::cached>(call, weights, begin, end).run();
     }
   });
 }
 
 template <class Format>
 void forward(const NormForward& call, const Threads& threads) {
-  call.shape.centered ? forward<Format, true>(call, threads) : forward<Format, false>(call, threads);
+  if (call.shape.centered) {
+    call.branch.data ? forward<Format, true, true>(call, threads) : forward<Format, true, false>(call, threads);
+  } else {
+    call.branch.data ? forward<Format, false, true>(call, threads) : forward<Format, false, false>(call, threads);
+  }
 }
 
 }  // namespace

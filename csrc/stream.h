@@ -11,19 +11,21 @@
 namespace trilby::TRILBY_LEVEL {
 
 // A level without such stores stores as usual.
-static inline void stream(float* to, Vector vector) {
+static inline void stream(void* to, Bits bits) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)vector);
+  _mm512_stream_si512((__m512i*)to, (__m512i)bits);
 #elif defined(__AVX2__)
-  _mm256_stream_ps(to, (__m256)vector);
+  _mm256_stream_si256((__m256i*)to, (__m256i)bits);
 #elif defined(__SSE2__)
-  _mm_stream_ps(to, (__m128)vector);
+  _mm_stream_si128((__m128i*)to, (__m128i)bits);
 #else
-  store(to, vector);
+  __builtin_memcpy(to, &bits, sizeof bits);
 #endif
 }
 
-static inline void stream(uint16_t* to, Halves halves) {
+static inline void stream(void* to, Vector vector) { stream(to, (Bits)vector); }
+
+static inline void stream(void* to, Halves halves) {
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)to, (__m256i)halves);
 #elif defined(__AVX2__)

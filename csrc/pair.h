@@ -1,0 +1,146 @@
+// Two registers of floats at a time, in the order that suits the format of the elements they come from. One register of
+// bf16 holds 2 · LANES elements: a shift makes floats of its even ones, a mask of its odd ones, and their way back needs
+// no shuffle either. That is half the instructions of widening in memory order, on every level.
+//
+// A row of floats that goes with a row of elements (weights, sums of gradients, a row added up) therefore lies in "pair
+// order": of every PAIR columns of bf16 first the even and then the odd ones. The columns left at the end of a row, and
+// rows of other formats, are in memory order.
+#pragma once
+
+#include "stream.h"
+#include "vector.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+constexpr int PAIR = 2 * LANES;  // columns
+
+struct Pair {
+  Vector first, second;
+};
+
+static inline Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+static inline Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+static inline Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+static inline Pair operator+(Pair a, float b) { return {a.first + b, a.second + b}; }
+static inline Pair operator-(Pair a, float b) { return {a.first - b, a.second - b}; }
+static inline Pair operator*(Pair a, float b) { return {a.first * b, a.second * b}; }
+
+// A step along a row: PAIR columns, or the fewer that are left at its end.
+struct Whole {};
+struct Rest {
+  int64_t count;  // 1 <= count < PAIR
+};
+
+static inline Pair only_columns(Pair pair, Whole) { return pair; }
+static inline Pair only_columns(Pair pair, Rest rest) {
+  const Vector lanes = lane_numbers();
+  return {lanes < static_cast<float>(rest.count) ? pair.first : Vector{},
+          lanes + static_cast<float>(LANES) < static_cast<float>(rest.count) ? pair.second : Vector{}};
+}
+
+// In memory order.
+template <class Format>
+static inline Pair load_in_order(const typename Format::Element* from, Whole) {
+  return {Format::load_vector(from), Format::load_vector(from + LANES)};
+}
+template <class Format>
+static inline Pair load_in_order(const typename Format::Element* from, Rest rest) {
+  if (rest.count < LANES) return {load_some<Format>(from, rest.count), Vector{}};
+  return {Format::load_vector(from),
+          rest.count > LANES ? load_some<Format>(from + LANES, rest.count - LANES) : Vector{}};
+}
+template <class Format>
+static inline void store_in_order(typename Format::Element* to, Pair pair, Whole) {
+  Format::store_vector(to, pair.first);
+  Format::store_vector(to + LANES, pair.second);
+}
+template <class Format>
+static inline void store_in_order(typename Format::Element* to, Pair pair, Rest rest) {
+  if (rest.count < LANES) return store_some<Format>(to, pair.first, rest.count);
+  Format::store_vector(to, pair.first);
+  if (rest.count > LANES) store_some<Format>(to + LANES, pair.second, rest.count - LANES);
+}
+
+template <int... LANE>
+static inline Pair even_and_odd(Pair pair, std::integer_sequence<int, LANE...>) {
+  return {__builtin_shufflevector(pair.first, pair.second, (2 * LANE)...),
+          __builtin_shufflevector(pair.first, pair.second, (2 * LANE + 1)...)};
+}
+template <int... LANE>
+static inline Pair interleaved(Pair pair, std::integer_sequence<int, LANE...>) {
+  return {__builtin_shufflevector(pair.first, pair.second, (LANE / 2 + LANE % 2 * LANES)...),
+          __builtin_shufflevector(pair.first, pair.second, (LANES / 2 + LANE / 2 + LANE % 2 * LANES)...)};
+}
+
+// From memory order to the pair order of a format, and back.
+template <class Format, class Step>
+static inline Pair to_pair_order(Pair pair, Step) {
+  return pair;
+}
+template <class Format, class Step>
+static inline Pair to_memory_order(Pair pair, Step) {
+  return pair;
+}
+template <>
+inline Pair to_pair_order<BFloat16, Whole>(Pair pair, Whole) {
+  return even_and_odd(pair, std::make_integer_sequence<int, LANES>{});
+}
+template <>
+inline Pair to_memory_order<BFloat16, Whole>(Pair pair, Whole) {
+  return interleaved(pair, std::make_integer_sequence<int, LANES>{});
+}
+
+// In pair order.
+template <class Format, class Step>
+static inline Pair load_pair(const typename Format::Element* from, Step step) {
+  return load_in_order<Format>(from, step);
+}
+template <>
+inline Pair load_pair<BFloat16, Whole>(const uint16_t* from, Whole) {
+  Bits bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
+}
+
+// Rounded to nearest even in the high half of each lane; a NaN stays one.
+static inline Bits high_bfloat16(Vector vector) {
+  const Bits bits = (Bits)vector;
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return vector != vector ? bits | 0x400000u : rounded;
+}
+
+enum class Stores { cached, streamed };
+
+template <class Format, Stores STORES = Stores::cached>
+static inline void store_pair(typename Format::Element* to, Pair pair, Whole step) {
+  if constexpr (STORES == Stores::cached) {
+    store_in_order<Format>(to, pair, step);
+  } else {
+    stream(to, in_memory(Format{}, pair.first));
+    stream(to + LANES, in_memory(Format{}, pair.second));
+  }
+}
+template <>
+inline void store_pair<BFloat16, Stores::cached>(uint16_t* to, Pair pair, Whole) {
+  const Bits bits = (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u);
+  __builtin_memcpy(to, &bits, sizeof bits);
+}
+template <>
+inline void store_pair<BFloat16, Stores::streamed>(uint16_t* to, Pair pair, Whole) {
+  stream(to, (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u));
+}
+template <class Format, Stores STORES = Stores::cached>
+static inline void store_pair(typename Format::Element* to, Pair pair, Rest step) {
+  store_in_order<Format>(to, pair, step);
+}
+
+// What becomes of values that are stored and loaded again.
+static inline Pair rounded(Float32, Pair pair) { return pair; }
+static inline Pair rounded(BFloat16, Pair pair) {
+  return {(Vector)(high_bfloat16(pair.first) & 0xffff0000u), (Vector)(high_bfloat16(pair.second) & 0xffff0000u)};
+}
+static inline Pair rounded(Float16, Pair pair) {
+  return {from_float16(to_float16(pair.first)), from_float16(to_float16(pair.second))};
+}
+
+}  // namespace trilby::TRILBY_LEVEL
