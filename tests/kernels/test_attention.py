@@ -1,6 +1,7 @@
 """Attention on the CPU: exact at every edge, on every instruction-set level, forward and backward."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -335,6 +336,20 @@ def test_backward_twice_gives_the_same_gradients(level: str) -> None:
     first = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(output.sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_gradient_penalty_equals_pytorchs_math(level: str) -> None:
+    case = Case(1, 2, 2, 40, 40, 16, 16)
+    inputs = case.inputs(torch.float32)
+
+    def penalty(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*inputs, case).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = penalty(pytorch)
+    for ours, theirs in zip(penalty(trilby), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 class TestMutants:
