@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 # PyTorch timed against itself must read 1 within this; else the run is too noisy to be believed, and says so.
 SELF_CHECK_BOUND = 0.05
+# A call this long takes about as long when it is not warm yet: its first run is all that planning needs.
+LONG_CALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Budget:
     """
 
     seconds: float
-    least_rounds: int = 5
+    least_rounds: int = 3
     most_rounds: int = 200
     sample_seconds: float = 1e-3
     before: Callable[[], object] | None = None
@@ -94,19 +96,22 @@ def interleaved(
 ) -> dict[str, tuple[float, ...]]:
     """Seconds per call of each contestant, one number per round, measured in turns: A B A B.
 
-    Each is called twice before: once to warm up, once to learn how long it takes. What a call returns is freed within
-    the time taken, as it is in a model.
+    What a call returns is freed within the time taken, as it is in a model.
     """
-    for call in contestants.values():
-        call()
     with _no_garbage_collection():
-        estimates = [_turn(call, 1, budget.before, clock) for call in contestants.values()]
+        estimates = [_estimate(call, budget, clock) for call in contestants.values()]
         rounds, calls = rounds_and_calls(estimates, budget)
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(rounds):
             for name, call in contestants.items():
                 seconds[name].append(_turn(call, calls, budget.before, clock))
     return {name: tuple(values) for name, values in seconds.items()}
+
+
+def _estimate(call: Callable[[], object], budget: Budget, clock: Callable[[], float]) -> float:
+    """Seconds of one call, warm: a first call tells only whether a second one is needed to know."""
+    first = _turn(call, 1, budget.before, clock)
+    return first if first > LONG_CALL else _turn(call, 1, budget.before, clock)
 
 
 def _turn(

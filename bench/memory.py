@@ -4,31 +4,40 @@ Linux only. The process hands all free memory back, resets the kernel's high-wat
 """
 
 import ctypes
-import ctypes.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 RESET_HIGH_WATER_MARK = "5"  # Documentation/filesystems/proc.rst of Linux
 
+Result = TypeVar("Result")
 
-def peak_bytes(call: Callable[[], object]) -> int | None:
-    """The most memory resident during `call`, less what was before it; None where the system cannot tell."""
-    if not _STATUS.exists():
-        return None
+
+def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int | None]:
+    """What `call` returns, and the most memory resident while it ran, less what was before it.
+
+    None where the system cannot tell.
+    """
     _trim()
+    before = _status_bytes("VmRSS") if _reset_high_water_mark() else None
+    result = call()
+    peak = _status_bytes("VmHWM")
+    return result, None if before is None or peak is None else max(peak - before, 0)
+
+
+def _reset_high_water_mark() -> bool:
     try:
         _RESET.write_text(RESET_HIGH_WATER_MARK)
-    except OSError:  # a sandbox may not have it
-        return None
-    before = _status_bytes("VmRSS")
-    call()
-    peak = _status_bytes("VmHWM")
-    return None if before is None or peak is None else max(peak - before, 0)
+    except OSError:  # not Linux, or a sandbox that forbids it
+        return False
+    return True
 
 
 def _status_bytes(field: str) -> int | None:
+    if not _STATUS.exists():
+        return None
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

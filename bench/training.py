@@ -65,7 +65,7 @@ class Lesson:
 
 
 # nanoGPT's model of Shakespeare's characters, with a batch that two processors take a second for.
-LESSON = Lesson(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=4, steps=32)
+LESSON = Lesson(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=4, steps=24)
 QUICK_LESSON = Lesson(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=4, steps=12)
 
 
