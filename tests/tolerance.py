@@ -16,7 +16,7 @@ def error(result: Tensor, truth: Tensor) -> float:
     result = result.double()
     same = (result == truth) | (result.isnan() & truth.isnan())
     difference = torch.where(same, 0.0, (result - truth).abs())
-    return difference.nan_to_num(nan=torch.inf).max().item() if difference.numel() else 0.0
+    return difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item() if difference.numel() else 0.0
 
 
 def floor(dtype: torch.dtype, truth: Tensor) -> float:
