@@ -26,6 +26,12 @@ def config() -> GPTConfig:
 
 
 @pytest.fixture
+def wide() -> GPTConfig:
+    """For a batch of 8, every layer has 8 · 64 · 64 = 32,768 numbers: from there on trilby's norms are its own."""
+    return GPTConfig(block_size=64, vocab_size=29, n_layer=2, n_head=4, n_embd=64)
+
+
+@pytest.fixture
 def text() -> str:
     rows = [f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(99, 0, -1)]
     return "".join(rows)

@@ -54,6 +54,15 @@ def test_twenty_steps_are_some_a_checkpoint_and_the_rest(
         assert torch.equal(ours, theirs), name
 
 
+def test_it_goes_on_bit_for_bit_where_every_kernel_is_trilbys(path, wide, tokens, tokenizer):
+    model, settings = dataclasses.replace(wide, dropout=0.1), dataclasses.replace(SHORT, batch_size=8, max_steps=6)
+    interrupted = Training.start(model, settings, tokens)
+    for _ in range(3):
+        interrupted.step()
+    save_checkpoint(path, interrupted, tokenizer)
+    assert Checkpoint.open(path).resume(tokens).run().losses == interrupted.run().losses
+
+
 def test_a_checkpoint_knows_what_it_is(saved, config, tokenizer):
     checkpoint = Checkpoint.open(saved)
     assert (checkpoint.model, checkpoint.train, checkpoint.steps_done) == (config, SHORT, 3)

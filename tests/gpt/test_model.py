@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_as_exact_as
+from torch.utils._python_dispatch import TorchDispatchMode
 from trilby.gpt import GPT, PYTORCH, TRILBY, GPTConfig
+from trilby.kernels.ops import NATIVE
 
 
 def test_parameters_have_the_names_of_nanogpts_checkpoints(config):
@@ -58,10 +60,11 @@ def plain_forward(state: dict[str, torch.Tensor], config: GPTConfig, tokens: tor
     return norm(x, "transformer.ln_f") @ state["transformer.wte.weight"].T
 
 
-@pytest.mark.parametrize("T", [1, 7, 16])
-def test_logits_and_loss_are_those_of_the_formulas(config, T):
+@pytest.mark.parametrize("T", [1, 7, 64])
+def test_logits_and_loss_are_those_of_the_formulas(wide, T):
+    config = wide
     model, rival = make_twins(config)
-    tokens, targets = torch.randint(config.vocab_size, (2, 3, T))
+    tokens, targets = torch.randint(config.vocab_size, (2, 8, T))
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     truth = plain_forward(state, config, tokens)
     assert_as_exact_as(model(tokens), rival(tokens), truth, "logits")
@@ -69,15 +72,30 @@ def test_logits_and_loss_are_those_of_the_formulas(config, T):
     assert_as_exact_as(model.loss(tokens, targets), rival.loss(tokens, targets), true_loss, "loss")
 
 
-def test_every_gradient_is_as_exact_as_pytorchs(config):
-    model, rival = make_twins(config)
-    truth = GPT(config, PYTORCH).double()
+def test_every_gradient_is_as_exact_as_pytorchs(wide):
+    model, rival = make_twins(wide)
+    truth = GPT(wide, PYTORCH).double()
     truth.load_state_dict(model.state_dict())
-    tokens, targets = torch.randint(config.vocab_size, (2, 3, config.block_size))
+    tokens, targets = torch.randint(wide.vocab_size, (2, 8, wide.block_size))
     for each in (model, rival, truth):
         each.loss(tokens, targets).backward()
     for (name, ours), theirs, true in zip(model.named_parameters(), rival.parameters(), truth.parameters()):
         assert_as_exact_as(ours.grad, theirs.grad, true.grad, name)
+
+
+@pytest.mark.skipif(not NATIVE.loaded, reason=f"trilby has no kernels here: {NATIVE.reason}")
+def test_it_is_made_of_the_layers_that_it_is_given(wide):
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name().split("::")[0])
+            return func(*args, **(kwargs or {}))
+
+    tokens = torch.randint(wide.vocab_size, (8, wide.block_size))
+    for layers, expected in ((TRILBY, 3 * wide.n_layer + 1), (PYTORCH, 0)):
+        names: list[str] = []
+        with Called(), torch.no_grad():
+            GPT(wide, layers)(tokens)
+        assert names.count("trilby") == expected  # per block attention and two norms, and the norm after the last
 
 
 @pytest.mark.parametrize("layers", [TRILBY, PYTORCH], ids=["trilby", "pytorch"])

@@ -25,8 +25,8 @@ def test_the_same_seed_gives_the_same_bits(config, tokens, layers, dropout, samp
 
 
 @pytest.mark.parametrize("layers", [TRILBY, PYTORCH], ids=["trilby", "pytorch"])
-def test_the_same_seed_gives_the_same_bits_with_several_threads(config, tokens, layers):
-    wide = dataclasses.replace(config, n_embd=128, block_size=64, dropout=0.1)  # enough for two threads to share
+def test_the_same_seed_gives_the_same_bits_with_several_threads(wide, tokens, layers):
+    wide = dataclasses.replace(wide, dropout=0.1)
     settings = dataclasses.replace(SHORT, batch_size=8, max_steps=3)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -54,16 +54,39 @@ def test_pytorchs_global_generator_is_left_as_it_was(config, tokens):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_trilbys_curve_is_as_near_the_exact_one_as_pytorchs(config, tokens, seed):
-    """Twenty steps from the same weights on the same batches; the exact curve is the same training in float64."""
-    settings = dataclasses.replace(SHORT, seed=seed)
-    ours, rival = (Training.start(config, settings, tokens, layers) for layers in (TRILBY, PYTORCH))
-    exact = Training.start(config, settings, tokens, PYTORCH)
-    exact.model.double()
-    curves = [torch.tensor(training.run().losses, dtype=torch.float64) for training in (ours, rival, exact)]
-    assert curves[2][-1] < curves[2][0] - 0.3, "twenty steps should teach it something"
-    assert_as_exact_as(curves[0].float(), curves[1].float(), curves[2], "loss curve")
+def loss_curve(config, settings, tokens, layers, dtype=torch.float32):
+    """Twenty steps from the same weights on the same batches, in float32 or exactly: in float64."""
+    training = Training.start(config, settings, tokens, layers)
+    training.model.to(dtype)
+    return torch.tensor(training.run().losses, dtype=dtype)
+
+
+def test_trilbys_curve_is_as_near_the_exact_one_as_pytorchs(wide, tokens):
+    settings = dataclasses.replace(SHORT, batch_size=8, eval_interval=0)
+    exact = loss_curve(wide, settings, tokens, PYTORCH, torch.float64)
+    assert exact[-1] < exact[0] - 0.3, "twenty steps should teach it something"
+    ours, rival = (loss_curve(wide, settings, tokens, layers) for layers in (TRILBY, PYTORCH))
+    assert_as_exact_as(ours, rival, exact, "loss curve")
+
+
+MUTANTS = {
+    "sees the future": {"attention": lambda *heads, is_causal, **options: PYTORCH.attention(*heads, **options)},
+    "another scale": {"attention": lambda query, *rest, **options: PYTORCH.attention(query * 0.5, *rest, **options)},
+    "another eps": {"layer_norm": lambda x, shape, weight, bias, eps: PYTORCH.layer_norm(x, shape, weight, bias, 2e-5)},
+    "forgets to add": {
+        "add_layer_norm": lambda stream, branch, *rest: PYTORCH.add_layer_norm(stream, 0 * branch, *rest)
+    },
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_layer_bends_the_curve(config, tokens, mutant):
+    settings = dataclasses.replace(SHORT, eval_interval=0)
+    wrong = dataclasses.replace(PYTORCH, **MUTANTS[mutant])
+    exact = loss_curve(config, settings, tokens, PYTORCH, torch.float64)
+    ours, rival = (loss_curve(config, settings, tokens, layers) for layers in (wrong, PYTORCH))
+    with pytest.raises(AssertionError, match="loss curve: error"):
+        assert_as_exact_as(ours, rival, exact, "loss curve")
 
 
 def test_it_learns_a_text_by_heart():
