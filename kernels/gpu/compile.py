@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from .call import Call
 from .targets import Target
 
-TRITON_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+TRITON_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
 
 # The instruction that multiplies matrices, by architecture, as it reads in SASS or in AMD's assembly.
 MATRIX_INSTRUCTION = {

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import NormTiles, norm_forward_tiles
+from .launch import NormTiles, norm_backward_tiles, norm_forward_tiles
+from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls, parts_of
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .targets import device_of
 
@@ -89,6 +90,85 @@ def add_norm(
         raise TypeError(f"branch is {branch.dtype} and stream is {stream.dtype}; they must be the same")
     dropout = Dropout(seed, dropout_p)
     return _forward(stream, branch, weight, bias, dropout, normalized_dims, centered, eps, tiles)
+
+
+def norm_backward(
+    grad_normalized: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    normalized_dims: int,
+    centered: bool,
+    dropout_p: float,
+    tiles: NormTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `norm` and `add_norm`: `torch.ops.trilby.norm_backward`, the same bits on every run.
+
+    Args:
+        grad_normalized: The gradient of the normalized output, of any strides.
+        grad_summed: The gradient of the sum, where it is used further, of any strides.
+        summed: What was normalized (`norm`'s input).
+        mean: From the forward.
+        rstd: From the forward.
+        weight: From the forward.
+        bias: From the forward; only its shape and dtype matter.
+        seed: From the forward.
+        normalized_dims: From the forward.
+        centered: From the forward.
+        dropout_p: From the forward.
+        tiles: Launch parameters other than the table's.
+
+    Returns:
+        The gradients of stream (or input), branch, weight and bias. That of an absent weight or bias is empty ([0]); so
+        is that of the branch without dropout, when it equals that of the stream.
+
+    Raises:
+        TypeError, ValueError: As `norm`; or a gradient is not like what it is the gradient of.
+    """
+    check_norm(summed, weight, bias, normalized_dims)
+    for name, gradient in (("grad_normalized", grad_normalized), ("grad_summed", grad_summed)):
+        if gradient is not None and gradient.shape != summed.shape:
+            raise ValueError(f"{name} has shape {tuple(gradient.shape)}; it must be {tuple(summed.shape)}")
+        if gradient is not None and gradient.dtype not in DTYPES:
+            raise TypeError(f"{name} is {gradient.dtype}; {', '.join(map(str, DTYPES))} are supported")
+    rows = as_rows(summed, normalized_dims)
+    M, N = rows.shape
+    tiles = tiles or norm_backward_tiles(device_of(summed, "summed"), N)
+    absent = summed.new_empty(0)
+    grad_stream = torch.empty_like(summed, memory_format=torch.contiguous_format)
+    grad_branch = absent if seed is None else torch.empty_like(grad_stream)
+    grad_weight = absent if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_bias = absent.clone() if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    parts = rows.new_empty(2, parts_of(M, N, tiles), N, dtype=torch.float32)
+    calls = norm_backward_calls(
+        NormInputs(
+            as_rows(grad_normalized, normalized_dims),
+            None if grad_summed is None else as_rows(grad_summed, normalized_dims),
+            rows,
+            mean.reshape(-1) if centered else None,
+            rstd.reshape(-1),
+            _flat(weight),
+        ),
+        NormGradients(
+            grad_stream,
+            None if seed is None else grad_branch,
+            None if weight is None else parts[0],
+            None if bias is None else parts[1],
+        ),
+        Dropout(seed, dropout_p),
+        tiles,
+    )
+    if weight is not None:
+        calls.append(column_sum_call(parts[0], grad_weight))
+    if bias is not None:
+        calls.append(column_sum_call(parts[1], grad_bias))
+    for call in calls:
+        call.run(summed.device)
+    return grad_stream, grad_branch, grad_weight, grad_bias
 
 
 def _forward(

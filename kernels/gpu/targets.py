@@ -65,9 +65,9 @@ NEAREST = {
     "gfx1102": "gfx1100",
 }
 
-# The interpreter runs one program after another: the number decides only how rows are dealt to programs, and a
-# small one makes every program loop.
-INTERPRETER = Device(TARGETS["sm_90"], processors=3)
+# The interpreter runs one program after another: the number decides only how rows are dealt to programs, and
+# one makes every program loop.
+INTERPRETER = Device(TARGETS["sm_90"], processors=1)
 
 
 def target_of(architecture: str) -> Target:
