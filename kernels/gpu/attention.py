@@ -12,7 +12,7 @@ from .attention_backward import (
     attention_backward_rows_call,
 )
 from .attention_forward import attention_forward_call
-from .launch import AttentionTiles, attention_backward_tiles, attention_forward_tiles
+from .attention_launch import AttentionTiles, attention_backward_tiles, attention_forward_tiles
 from .targets import Target, device_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,11 +60,9 @@ def attention(
     output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
     logsumexp = query.new_empty(B, H, T, dtype=torch.float32)
     target = device_of(query, "query").target
-    attention_forward_call(
-        query, key, value, output, logsumexp, is_causal, scale,
-        tiles or attention_forward_tiles(target, query.dtype, max(D, value.shape[-1]), T),
-        dot_precision(target, query.dtype),
-    ).run(query.device)  # fmt: skip
+    precision = dot_precision(target, query.dtype)
+    tiles = tiles or attention_forward_tiles(target, precision, query.dtype, max(D, value.shape[-1]), T)
+    attention_forward_call(query, key, value, output, logsumexp, is_causal, scale, tiles, precision).run(query.device)
     return output, logsumexp
 
 
@@ -108,10 +106,9 @@ def attention_backward(
     grad_key = key.new_empty(B, S, kv_heads, D).transpose(1, 2)
     grad_value = value.new_empty(B, S, kv_heads, value_dim).transpose(1, 2)
     exponent, delta = query.new_empty(2, B, H, T, dtype=torch.float32)
-    inputs = BackwardInputs(
-        grad_output, query, key, value, exponent, delta, is_causal, scale, dot_precision(target, query.dtype)
-    )
-    launch = attention_backward_tiles(target, query.dtype, max(D, value_dim))
+    precision = dot_precision(target, query.dtype)
+    inputs = BackwardInputs(grad_output, query, key, value, exponent, delta, is_causal, scale, precision)
+    launch = attention_backward_tiles(target, precision, query.dtype, max(D, value_dim))
     for call in (
         attention_backward_rows_call(grad_output, output, logsumexp.contiguous(), exponent, delta, launch.rows),
         attention_backward_key_value_call(inputs, grad_key, grad_value, tiles or launch.key_value),
@@ -170,12 +167,11 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def dot_precision(target: Target, dtype: torch.dtype) -> str:
-    """How float32 matrices multiply: "ieee", or "tf32" if PyTorch is set to it and the target can.
+    """How float32 matrices multiply: "ieee", or "tf32" if PyTorch is set to it and the target is NVIDIA's.
 
     `torch.backends.cuda.matmul.fp32_precision` is the setting, and `torch.backends.fp32_precision` its default.
     """
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
         setting = torch.backends.fp32_precision
-    can_tf32 = target.backend == "cuda" or target.name == "gfx942"
-    return "tf32" if dtype == torch.float32 and setting == "tf32" and can_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and setting == "tf32" and target.backend == "cuda" else "ieee"

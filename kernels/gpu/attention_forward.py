@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .call import Call, alignment_of, needs_wide_offsets, padded, strides
-from .launch import AttentionTiles
+from .attention_launch import AttentionTiles
 from .tile import aligned, load_tile, token_pointers
 
 

@@ -18,13 +18,14 @@ from .targets import Target
 
 TRITON_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
 
-# The instruction that multiplies matrices, by architecture, as it reads in SASS or in AMD's assembly.
+# The instructions that multiply matrices, as they read in SASS or in AMD's assembly. Hopper's and Blackwell's own
+# take 64 rows at least; smaller tiles use Ampere's there too.
 MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\.",
     "sm_86": r"\bHMMA\.",
     "sm_89": r"\bHMMA\.",
-    "sm_90": r"\bHGMMA\.",
-    "sm_100": r"\bUTC\w*MMA\b",
+    "sm_90": r"\bHG?MMA\.",
+    "sm_100": r"\b(?:UTC\w*MMA|HMMA)\b",
     "sm_120": r"\bHMMA\.",
     "gfx90a": r"\bv_mfma_",
     "gfx942": r"\bv_mfma_",
@@ -44,6 +45,12 @@ class Compilation:
     wide_accesses: int  # global loads and stores of 16 bytes
     narrow_accesses: int  # global loads and stores of fewer
     assembly: str  # the machine code's text: SASS, or AMD's assembly
+
+    def __str__(self) -> str:
+        return (
+            f"{self.registers:3} registers {self.spills:4} spills {self.shared_bytes / 1024:5.1f} KiB "
+            f"{self.matrix_instructions:3} products {self.wide_accesses:3}/{self.narrow_accesses:<3} wide/narrow"
+        )
 
 
 def compile_call(call: Call, target: Target) -> Compilation:

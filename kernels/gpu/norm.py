@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import NormTiles, norm_backward_tiles, norm_forward_tiles
+from .norm_launch import NormTiles, norm_backward_tiles, norm_forward_tiles
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls, parts_of
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .targets import device_of

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .call import Call, alignment_of, strides
 from .dropout import dropout_factors
-from .launch import NormTiles
+from .norm_launch import NormTiles
 from .norm_forward import Dropout, load_parameter
 from .tile import aligned
 

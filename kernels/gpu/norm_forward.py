@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .call import Call, alignment_of, strides
 from .dropout import dropout_factors
-from .launch import NormTiles
+from .norm_launch import NormTiles
 from .tile import aligned
 
 NOT_SPECIALIZED = ["stream_stride_m", "branch_stride_m", "rows", "dropout_threshold"]

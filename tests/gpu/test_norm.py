@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_as_exact_as
 from trilby.kernels import reference
-from trilby.kernels.gpu.launch import NormTiles
+from trilby.kernels.gpu.norm_launch import NormTiles
 
 CHUNKS = NormTiles(block_n=64, num_warps=1, programs=2)  # rows of more than 64 elements go by in chunks
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

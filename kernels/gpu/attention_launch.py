@@ -1,0 +1,192 @@
+"""Launch parameters of attention as data: tables, each row with its reason, and the pure functions that choose.
+
+A row serves the targets it names, up to its head dimension and query length; the first row that serves a call is
+taken. Reasons tell what the compiler reports, which the tests check for every row: nothing may spill, and shared memory
+must suffice. They speak of the largest tile of a family that fits, because the fewer tiles, the fewer times keys and
+values are read; which of the tiles that fit is fastest, only a GPU can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """How an attention kernel is cut: tiles of `block_m` queries and `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How a kernel without products is cut: a program holds `block_m` rows."""
+
+    block_m: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: what it serves, the tiles, and why these.
+
+    Attributes:
+        targets: Names of `TARGETS`.
+        arithmetic: "half" (float16, bfloat16), "tf32" or "ieee" (float32).
+        head_dim: The largest it serves.
+        tiles: The launch parameters.
+        reason: Why these.
+        q_len: The longest query it serves.
+        spills: The compiler runs out of registers whatever the tile: right, but slow.
+    """
+
+    targets: tuple[str, ...]
+    arithmetic: str
+    head_dim: int
+    tiles: AttentionTiles
+    reason: str
+    q_len: int = 2**31
+    spills: bool = False
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """The three launches of one backward pass."""
+
+    rows: RowTiles
+    key_value: AttentionTiles
+    query: AttentionTiles
+
+
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory a program
+LARGE = ("sm_90", "sm_100")  # 227 KiB
+CDNA = ("gfx90a", "gfx942")
+RDNA = ("gfx1100",)
+
+FORWARD = (
+    Row(
+        NVIDIA, "half", 256, AttentionTiles(16, 64, 4, 2),
+        "one token at a time or a few: 16 rows are the least that a matrix instruction takes", q_len=16,
+    ),
+    Row(
+        CDNA, "half", 256, AttentionTiles(16, 64, 4, 1),
+        "one token at a time or a few: 16 rows are the least that a matrix instruction takes", q_len=16,
+    ),
+    Row(
+        NVIDIA, "half", 128, AttentionTiles(64, 64, 4, 2),
+        "short sequences: half of a tile of 128 rows would be padding", q_len=64,
+    ),
+    Row(
+        LARGE, "half", 64, AttentionTiles(128, 128, 8, 2),
+        "two warpgroups of 64 rows each; 215 registers, and 7 instructions a score besides the tensor cores' where "
+        "64 keys take 9",
+    ),
+    Row(("sm_100",), "half", 128, AttentionTiles(128, 128, 8, 2), "the accumulators lie in tensor memory: 246 registers"),
+    Row(("sm_90",), "half", 128, AttentionTiles(128, 64, 8, 3), "224 registers; 128 keys spill. 3 stages take 128 KiB"),
+    Row(LARGE, "half", 256, AttentionTiles(64, 64, 8, 2), "234 registers; 128 rows spill"),
+    Row(("sm_80", *SMALL), "half", 64, AttentionTiles(128, 64, 4, 3), "each warp holds 32 rows: 255 registers, 48 KiB"),
+    Row(("sm_80", *SMALL), "half", 128, AttentionTiles(128, 64, 8, 2), "247 registers, 64 KiB"),
+    Row(("sm_80", *SMALL), "half", 256, AttentionTiles(64, 32, 8, 2), "176 registers, 68 KiB; 64 keys do not fit sm_86"),
+    Row(CDNA, "half", 64, AttentionTiles(128, 64, 4, 1), "221 of 512 registers, 16 KiB"),
+    Row(CDNA, "half", 128, AttentionTiles(128, 32, 4, 1), "218 registers; 64 keys leave one wave a unit"),
+    Row(CDNA, "half", 256, AttentionTiles(64, 32, 8, 1), "32 KiB; in 4 waves one register spills on gfx90a"),
+    Row(RDNA, "half", 64, AttentionTiles(64, 32, 8, 1), "205 of 256 registers; 64 keys spill"),
+    Row(RDNA, "half", 128, AttentionTiles(64, 32, 16, 1), "249 registers, 16 rows for every 4 warps"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(NVIDIA, "ieee", 64, AttentionTiles(32, 32, 4, 2), "float32 multiplies without tensor cores: 108 registers"),
+    Row(NVIDIA, "ieee", 128, AttentionTiles(32, 16, 4, 2), "204 registers; 32 keys spill"),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 2), "80 registers; 32 rows spill"),
+    Row(CDNA, "ieee", 128, AttentionTiles(32, 32, 4, 1), "242 registers; matrix cores multiply float32 exactly"),
+    Row(CDNA, "ieee", 256, AttentionTiles(32, 16, 4, 1), "252 registers"),
+    Row(RDNA, "ieee", 128, AttentionTiles(16, 16, 8, 1), "float32 multiplies without matrix cores: 238 registers"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(("sm_80", *SMALL, *LARGE), "tf32", 64, AttentionTiles(128, 64, 8, 2), "245 registers on sm_90, 96 KiB"),
+    Row(("sm_80", "sm_100", *SMALL), "tf32", 128, AttentionTiles(128, 32, 8, 2), "208 registers, 96 KiB"),
+    Row(("sm_90",), "tf32", 128, AttentionTiles(64, 32, 8, 2), "128 rows spill"),
+    Row(("sm_80", *LARGE), "tf32", 256, AttentionTiles(32, 32, 8, 2), "141 registers, 100 KiB; 64 rows spill on sm_90"),
+    Row(SMALL, "tf32", 256, AttentionTiles(32, 16, 8, 2), "66 KiB; 32 keys do not fit"),
+)
+
+BACKWARD_KEY_VALUE = (
+    Row(NVIDIA, "half", 64, AttentionTiles(64, 128, 8, 2), "two accumulators of 128 keys: 231 to 255 registers"),
+    Row(("sm_100",), "half", 128, AttentionTiles(64, 128, 8, 2), "the accumulators lie in tensor memory: 240 registers"),
+    Row(("sm_90",), "half", 128, AttentionTiles(32, 64, 8, 2), "197 registers; 64 queries spill 6"),
+    Row(("sm_80", *SMALL), "half", 128, AttentionTiles(64, 64, 8, 2), "180 registers, 72 KiB"),
+    Row(LARGE, "half", 256, AttentionTiles(32, 32, 8, 2), "173 registers; 64 keys spill"),
+    Row(("sm_80", *SMALL), "half", 256, AttentionTiles(16, 64, 8, 1), "255 registers, 88 KiB; a second stage does not fit"),
+    Row(CDNA, "half", 64, AttentionTiles(32, 64, 4, 1), "206 registers"),
+    Row(CDNA, "half", 128, AttentionTiles(32, 64, 8, 1), "250 registers"),
+    Row(CDNA, "half", 256, AttentionTiles(16, 64, 8, 1), "233 registers"),
+    Row(RDNA, "half", 64, AttentionTiles(16, 64, 8, 1), "spills 24 registers; no smaller tile fewer than 16", spills=True),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(NVIDIA, "ieee", 64, AttentionTiles(16, 32, 4, 2), "141 registers; 32 queries spill"),
+    Row(NVIDIA, "ieee", 128, AttentionTiles(16, 32, 8, 1), "141 registers, 50 KiB"),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "120 registers, 65 KiB"),
+    Row(CDNA, "ieee", 64, AttentionTiles(16, 32, 4, 1), "150 registers"),
+    Row(CDNA, "ieee", 128, AttentionTiles(16, 32, 8, 1), "212 registers"),
+    Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "4 waves may have 512 registers each; 8 waves spill"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(NVIDIA, "tf32", 64, AttentionTiles(32, 64, 8, 2), "234 registers, 56 KiB"),
+    Row(NVIDIA, "tf32", 128, AttentionTiles(16, 32, 8, 1), "119 registers, 58 KiB; 32 queries spill on sm_90"),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "32 keys take 114 KiB, which sm_86 has not"),
+)
+
+BACKWARD_QUERY = (
+    Row(("sm_90", "sm_100"), "half", 128, AttentionTiles(128, 64, 8, 2), "206 registers, 145 KiB"),
+    Row(("sm_80", *SMALL), "half", 64, AttentionTiles(128, 64, 8, 2), "190 registers, 48 KiB"),
+    Row(("sm_80", *SMALL), "half", 128, AttentionTiles(64, 64, 8, 2), "172 registers, 72 KiB"),
+    Row(LARGE, "half", 256, AttentionTiles(64, 32, 8, 2), "222 registers; 64 keys spill"),
+    Row(("sm_80", *SMALL), "half", 256, AttentionTiles(64, 32, 8, 1), "228 registers, 96 KiB; a second stage does not fit"),
+    Row(CDNA, "half", 64, AttentionTiles(64, 32, 4, 1), "142 registers"),
+    Row(CDNA, "half", 128, AttentionTiles(64, 32, 8, 1), "216 registers"),
+    Row(CDNA, "half", 256, AttentionTiles(64, 16, 8, 1), "199 registers"),
+    Row(RDNA, "half", 64, AttentionTiles(64, 32, 8, 1), "228 registers"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(NVIDIA, "ieee", 64, AttentionTiles(32, 32, 4, 2), "111 registers, 36 KiB"),
+    Row(NVIDIA, "ieee", 128, AttentionTiles(32, 16, 8, 1), "80 registers, 48 KiB"),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "80 registers, 64 KiB"),
+    Row(CDNA, "ieee", 64, AttentionTiles(32, 32, 4, 1), "218 registers"),
+    Row(CDNA, "ieee", 128, AttentionTiles(32, 16, 8, 1), "180 registers"),
+    Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "4 waves may have 512 registers each; 8 waves spill"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),
+    Row(NVIDIA, "tf32", 64, AttentionTiles(64, 32, 4, 2), "186 registers on sm_80, 64 KiB"),
+    Row(NVIDIA, "tf32", 128, AttentionTiles(32, 32, 8, 2), "134 registers, 80 KiB"),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(32, 16, 8, 1), "214 registers on sm_80, 96 KiB"),
+)
+# 32 rows of 128 half-precision elements are 32 bytes a thread from each input, two loads of 16.
+BACKWARD_ROWS = RowTiles(32, 8)
+
+
+def attention_forward_tiles(target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int) -> AttentionTiles:
+    """The forward's launch parameters: for a target, arithmetic and head dimension at most 3 as lengths go."""
+    return _first(FORWARD, target, _arithmetic(dtype, precision), head_dim, q_len)
+
+
+def attention_backward_tiles(target: Target, precision: str, dtype: torch.dtype, head_dim: int) -> BackwardTiles:
+    """The backward's launch parameters, which do not depend on lengths."""
+    arithmetic = _arithmetic(dtype, precision)
+    return BackwardTiles(
+        BACKWARD_ROWS,
+        _first(BACKWARD_KEY_VALUE, target, arithmetic, head_dim, 0),
+        _first(BACKWARD_QUERY, target, arithmetic, head_dim, 0),
+    )
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else "half"
+
+
+def _first(table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: int, q_len: int) -> AttentionTiles:
+    for row in table:
+        serves = target.name in row.targets and arithmetic == row.arithmetic
+        if serves and head_dim <= row.head_dim and q_len <= row.q_len:
+            return row.tiles
+    raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")

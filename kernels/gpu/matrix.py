@@ -1,0 +1,193 @@
+"""The compile matrix: every kernel with every row of the launch tables, for every target, compiled without a GPU.
+
+    python -m trilby.kernels.gpu.matrix [target ...]
+
+prints what became of each (registers, spills, shared memory, matrix instructions, 16-byte accesses) and fails if one
+spills, exceeds its target's shared memory, or multiplies without matrix instructions. Triton's cache makes a second run
+a matter of seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from .attention_backward import (
+    BackwardInputs,
+    attention_backward_key_value_call,
+    attention_backward_query_call,
+    attention_backward_rows_call,
+)
+from .attention_forward import attention_forward_call
+from .attention_launch import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS, FORWARD, AttentionTiles, Row
+from .call import Call
+from .compile import Compilation, compile_call
+from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
+from .norm_forward import Dropout, NormResults, norm_forward_call
+from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
+from .targets import TARGETS, Device, Target
+
+# B, H, T of the calls that are compiled: no size but the head dimension and the width changes the code.
+BATCH, HEADS, LENGTH = 2, 12, 1024
+PROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One launch for one target, and what its machine code must be like.
+
+    Attributes:
+        name: Kernel, dtype, size and features, for people.
+        target: What it is compiled for.
+        call: The launch, of tensors on the meta device.
+        multiplies: It must use matrix instructions.
+        may_spill: Its row of the launch table says that it spills.
+    """
+
+    name: str
+    target: Target
+    call: Call
+    multiplies: bool = False
+    may_spill: bool = False
+
+    def faults(self, compilation: Compilation) -> list[str]:
+        """What is wrong with the machine code; nothing, if it is as it must be."""
+        found = []
+        if (compilation.spills or compilation.local_bytes) and not self.may_spill:
+            found.append(f"{compilation.spills} spills, {compilation.local_bytes} bytes of local memory")
+        if compilation.shared_bytes > self.target.shared_memory:
+            found.append(f"{compilation.shared_bytes} bytes of shared memory, {self.target.shared_memory} allowed")
+        if self.multiplies and not compilation.matrix_instructions:
+            found.append("no matrix instruction")
+        if self.target.backend == "cuda" and not compilation.wide_accesses:
+            found.append("no access of 16 bytes")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What of an attention call changes its code, beside the launch parameters."""
+
+    dtype: torch.dtype
+    head_dim: int
+    is_causal: bool = True
+    precision: str = "ieee"
+
+    def heads(self) -> torch.Tensor:
+        """[B, H, T, D] in memory (B, T, H, D), as a projection leaves it."""
+        return _meta(BATCH, LENGTH, HEADS, self.head_dim, dtype=self.dtype).transpose(1, 2)
+
+    def forward(self, tiles: AttentionTiles) -> Call:
+        """The forward launch."""
+        output, logsumexp = self.heads(), _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
+        return attention_forward_call(
+            self.heads(), self.heads(), self.heads(), output, logsumexp, self.is_causal, 0.125, tiles, self.precision
+        )
+
+    def key_value(self, tiles: AttentionTiles) -> Call:
+        """The launch for the gradients of key and value."""
+        return attention_backward_key_value_call(self._inputs(), self.heads(), self.heads(), tiles)
+
+    def query(self, tiles: AttentionTiles) -> Call:
+        """The launch for the gradient of query."""
+        return attention_backward_query_call(self._inputs(), self.heads(), tiles)
+
+    def rows(self) -> Call:
+        """The launch for what the backward needs of each row."""
+        statistics = _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
+        return attention_backward_rows_call(
+            self.heads(), self.heads(), statistics, statistics, statistics, BACKWARD_ROWS
+        )
+
+    def _inputs(self) -> BackwardInputs:
+        statistics = _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
+        four = [self.heads() for _ in range(4)]
+        return BackwardInputs(*four, statistics, statistics, self.is_causal, 0.125, self.precision)
+
+    def __str__(self) -> str:
+        precision = f" {self.precision}" if self.dtype == torch.float32 else ""
+        causal = " causal" if self.is_causal else ""
+        return f"{str(self.dtype).removeprefix('torch.')}{precision} D {self.head_dim}{causal}"
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_cases(target: Target) -> Iterator[Case]:
+    """Every row of the attention tables that serves `target`, at its largest head dimension, causal."""
+    for kernel, table in (("forward", FORWARD), ("key_value", BACKWARD_KEY_VALUE), ("query", BACKWARD_QUERY)):
+        for row in table:
+            if target.name in row.targets:
+                shape = AttentionShape(*_arithmetic(row), precision=row.arithmetic if row.arithmetic == "tf32" else "ieee")
+                call = getattr(shape, kernel)(row.tiles)
+                name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
+                yield Case(name, target, call, row.arithmetic != "ieee", row.spills)
+    shape = AttentionShape(torch.bfloat16, 128)
+    yield Case(f"attention rows {shape}", target, shape.rows())
+
+
+def _arithmetic(row: Row) -> tuple[torch.dtype, int]:
+    return torch.bfloat16 if row.arithmetic == "half" else torch.float32, row.head_dim
+
+
+def norm_cases(target: Target) -> Iterator[Case]:
+    """Every row of the norm tables and one wider, with everything that a norm can have, in bfloat16 and float32."""
+    device = Device(target, PROCESSORS)
+    for dtype in (torch.bfloat16, torch.float32):
+        for row in (*NORM_FORWARD, None):
+            width = 65536 if row is None else row.width
+            tiles = norm_forward_tiles(device, width)
+            inputs, results, dropout = _norm_tensors(width, dtype)
+            call = norm_forward_call(
+                inputs.summed, inputs.summed, (inputs.weight, inputs.weight), dropout, 1e-5, results, tiles
+            )
+            yield Case(f"norm forward {str(dtype).removeprefix('torch.')} N {width}", target, call)
+        for row in (*NORM_BACKWARD, None):
+            width = 65536 if row is None else row.width
+            tiles = norm_backward_tiles(device, width)
+            inputs, results, dropout = _norm_tensors(width, dtype)
+            parts = _meta(PROCESSORS, width, dtype=torch.float32)
+            gradients = NormGradients(results.normalized, results.normalized, parts, parts)
+            for number, call in enumerate(norm_backward_calls(inputs, gradients, dropout, tiles)):
+                yield Case(f"norm backward {str(dtype).removeprefix('torch.')} N {width} ({number})", target, call)
+        parts, total = _meta(PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
+        yield Case(f"column sum {str(dtype).removeprefix('torch.')}", target, column_sum_call(parts, total))
+
+
+def _norm_tensors(width: int, dtype: torch.dtype) -> tuple[NormInputs, NormResults, Dropout]:
+    rows, statistics = _meta(LENGTH, width, dtype=dtype), _meta(LENGTH, dtype=torch.float32)
+    return (
+        NormInputs(rows, rows, rows, statistics, statistics, _meta(width, dtype=dtype)),
+        NormResults(rows, rows, statistics, statistics),
+        Dropout(_meta(1, dtype=torch.int64), 0.1),
+    )
+
+
+def cases(target: Target) -> Iterator[Case]:
+    """The whole matrix for one target."""
+    yield from attention_cases(target)
+    yield from norm_cases(target)
+
+
+def main() -> int:
+    """Compile the matrix of the targets named on the command line, or of all."""
+    parser = argparse.ArgumentParser(prog="python -m trilby.kernels.gpu.matrix", description=__doc__)
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="such as sm_90; all by default")
+    failed = 0
+    for name in parser.parse_args().targets or TARGETS:
+        for case in cases(TARGETS[name]):
+            compilation = compile_call(case.call, case.target)
+            faults = case.faults(compilation)
+            failed += bool(faults)
+            print(f"{name:8} {case.name:56} {compilation} {'; '.join(faults)}", flush=True)
+    print(f"{failed} failed")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

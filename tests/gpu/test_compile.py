@@ -1,0 +1,97 @@
+"""What the compilers make of every kernel, for GPUs that are not here: no spills, tensor cores, 16-byte accesses."""
+
+import re
+
+import pytest
+import torch
+from trilby.kernels.gpu.attention_launch import AttentionTiles
+from trilby.kernels.gpu.compile import compile_call
+from trilby.kernels.gpu.matrix import AttentionShape, attention_cases, cases, norm_cases
+from trilby.kernels.gpu.targets import TARGETS, Target
+
+SM_90 = TARGETS["sm_90"]
+
+
+def chosen(target, *patterns):
+    """The cases of a target whose names match, and the names of patterns that match none."""
+    found = [case for case in cases(target) if any(re.search(pattern, case.name) for pattern in patterns)]
+    assert len(found) >= len(patterns)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    chosen(
+        SM_90,
+        "attention forward bfloat16 D 64 causal 128x128",
+        "attention forward bfloat16 D 128 causal 128x64",
+        "attention key_value bfloat16 D 64 ",
+        "attention query bfloat16 D 128 ",
+        "attention rows",
+        "norm forward bfloat16 N 1024",
+        "norm backward bfloat16 N 1024",
+    ),
+    ids=lambda case: case.name,
+)
+def test_hopper(case):
+    assert case.faults(compile_call(case.call, case.target)) == []
+
+
+def test_hopper_multiplies_with_warpgroup_instructions():
+    compilation = compile_call(AttentionShape(torch.bfloat16, 64).forward(AttentionTiles(128, 128, 8, 2)), SM_90)
+    assert "HGMMA" in compilation.assembly
+    assert compilation.narrow_accesses == 1  # logsumexp
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_target(target):
+    """One head dimension and width of every kernel; the whole matrix is `python -m trilby.kernels.gpu.matrix`."""
+    for case in chosen(target, r"bfloat16 D 128 ", "norm (forward|backward) bfloat16 N (1024|65536)", "column sum bfl"):
+        assert case.faults(compile_call(case.call, case.target)) == [], case.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape",
+    [
+        AttentionShape(torch.float16, 64),
+        AttentionShape(torch.bfloat16, 64, is_causal=False),
+        AttentionShape(torch.bfloat16, 40),
+        AttentionShape(torch.bfloat16, 80),
+        AttentionShape(torch.bfloat16, 96),
+    ],
+    ids=str,
+)
+def test_features_that_change_the_code(shape):
+    tiles = AttentionTiles(128, 64, 8, 2)
+    for call in (shape.forward(tiles), shape.query(tiles), shape.key_value(AttentionTiles(32, 64, 8, 2)), shape.rows()):
+        compilation = compile_call(call, SM_90)
+        assert compilation.spills == compilation.local_bytes == 0
+        assert compilation.wide_accesses
+
+
+def test_a_smaller_limit_or_a_missing_instruction_is_a_fault():
+    case = next(attention_cases(SM_90))
+    compilation = compile_call(case.call, SM_90)
+    small = Target("sm_90", "cuda", 90, 32, compilation.shared_bytes - 1)
+    spoiled = type(compilation)(**{**vars(compilation), "spills": 1, "matrix_instructions": 0, "wide_accesses": 0})
+    assert case.faults(compilation) == []
+    assert len(type(case)(case.name, small, case.call, True).faults(spoiled)) == 4
+
+
+def test_offsets_beyond_32_bits_compile_to_64():
+    shape = AttentionShape(torch.bfloat16, 64)
+    near, far = shape.forward(AttentionTiles(128, 128, 8, 2)), shape.forward(AttentionTiles(128, 128, 8, 2))
+    assert not near.arguments["WIDE_OFFSETS"]
+    key = torch.empty_strided((2, 12, 1024, 64), (1, 1, 2**25, 1), dtype=torch.bfloat16, device="meta")
+    from trilby.kernels.gpu.call import needs_wide_offsets
+
+    assert needs_wide_offsets(128, key)
+    wide = type(far)(far.kernel, far.grid, {**far.arguments, "WIDE_OFFSETS": True}, far.options)
+    assert compile_call(wide, SM_90).spills == 0
+
+
+def test_the_norms_are_in_the_matrix():
+    names = {case.name for case in norm_cases(SM_90)}
+    assert {"norm forward float32 N 65536", "norm backward bfloat16 N 65536 (1)", "column sum float32"} <= names
