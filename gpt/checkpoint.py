@@ -2,8 +2,8 @@
 
 The file holds numbers and JSON, never code. It is written beside the old one and then takes its place, so whoever is
 killed at any moment leaves a whole checkpoint behind. When one is opened, every name, shape and dtype in it is compared
-with what its own configuration asks for, before anything is allocated: a corrupt or hostile file is an error and
-nothing else.
+with what its own configuration asks for, before anything is allocated, and every tensor that is read with its checksum:
+a corrupt or hostile file is an error and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Checkpoint:
     tokenizer: dict[str, Any]
     text: str  # SHA-256 of the ids that were trained on
     steps_done: int
+    checksums: dict[str, int]  # CRC-32 of every tensor
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -58,8 +60,7 @@ class Checkpoint:
         """
         path = Path(path)
         with _reading(path) as file:
-            header = _header(file.metadata())
-            checkpoint = cls(path=path, **header)
+            checkpoint = cls(path=path, **_header(path, file.metadata()))
             _check_tensors(file, checkpoint)
         return checkpoint
 
@@ -70,7 +71,7 @@ class Checkpoint:
     def make_model(self, layers: Layers = TRILBY, device: str = "cpu") -> GPT:
         """The model, with its weights, ready to generate."""
         with _reading(self.path) as file:
-            return _load_model(file, self.model, layers).to(check_device(device)).eval()
+            return self._load_model(file, layers).to(check_device(device)).eval()
 
     def resume(self, tokens: Split, layers: Layers = TRILBY) -> Training:
         """The training where it was left; on a CPU it goes on bit for bit as if it had never stopped.
@@ -83,19 +84,35 @@ class Checkpoint:
         config, device = self.train, check_device(self.train.device)
         batches = make_batches(config.sampler, tokens.train, config.batch_size, self.model.block_size, config.seed)
         with _reading(self.path) as file:
-            model = _load_model(file, self.model, layers).to(device)
+            model = self._load_model(file, layers).to(device)
             optimizer = make_optimizer(model, config)
             if self.steps_done:
                 for name, parameter in model.named_parameters():
-                    moments = {moment: file.get_tensor(f"optimizer.{moment}.{name}") for moment in MOMENTS}
+                    moments = {moment: self._load(file, f"optimizer.{moment}.{name}") for moment in MOMENTS}
                     optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
-            dropout = file.get_tensor("dropout")
+            dropout, position = self._load(file, "dropout"), self._load(file, "batches")
             try:
-                batches.restore(file.get_tensor("batches"))
+                batches.restore(position)
                 torch.Generator(device).set_state(dropout)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{self.path} has a broken generator or data position: {error}") from None
         return Training(model, config, tokens, optimizer, batches, dropout, self.steps_done)
+
+    def _load_model(self, file: Any, layers: Layers) -> GPT:
+        with torch.device("meta"):
+            model = GPT(self.model, layers)
+        model = model.to_empty(device="cpu")
+        model.tie()  # to_empty gives each name a tensor of its own
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self._load(file, f"model.{name}"))
+        return model
+
+    def _load(self, file: Any, name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        if _checksum(tensor) != self.checksums.get(name):
+            raise CheckpointError(f"{self.path} is damaged: the numbers of {name} are not those that were written")
+        return tensor
 
 
 def save_checkpoint(path: str | Path, training: Training, tokenizer: Tokenizer) -> None:
@@ -107,6 +124,7 @@ def save_checkpoint(path: str | Path, training: Training, tokenizer: Tokenizer) 
                 tensors[f"optimizer.{moment}.{name}"] = training.optimizer.state[parameter][moment]
     tensors["dropout"] = training.dropout_state
     tensors["batches"] = training.batches.state()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "model": to_dict(training.model.config),
@@ -114,8 +132,8 @@ def save_checkpoint(path: str | Path, training: Training, tokenizer: Tokenizer) 
         "tokenizer": tokenizer.to_dict(),
         "text": fingerprint(training.tokens),
         "steps_done": training.steps_done,
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _write(Path(path), tensors, {"trilby": json.dumps(header)})
 
 
@@ -125,6 +143,10 @@ def fingerprint(tokens: Split) -> str:
     for part in tokens:
         digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.numpy().data)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -169,7 +191,7 @@ def _reading(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
 
 
-def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
+def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     """The fields of a `Checkpoint` but for its path, checked as far as they can be without the tensors."""
     try:
         header = json.loads((metadata or {})["trilby"])
@@ -183,9 +205,10 @@ def _header(metadata: dict[str, str] | None) -> dict[str, Any]:
             "tokenizer": dict(header["tokenizer"]),
             "text": str(header["text"]),
             "steps_done": header["steps_done"],
+            "checksums": dict(header["checksums"]),
         }
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"this is not a checkpoint of trilby: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path} is not a checkpoint of trilby: {type(error).__name__}: {error}") from None
 
 
 def _check_tensors(file: Any, checkpoint: Checkpoint) -> None:
@@ -219,17 +242,6 @@ def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[list[int] | N
                 yield f"optimizer.{moment}.{name}", ([] if moment == "step" else shape, torch.float32)
     yield "dropout", (None, torch.uint8)
     yield "batches", (None, torch.uint8 if checkpoint.train.sampler == "random" else torch.int64)
-
-
-def _load_model(file: Any, config: GPTConfig, layers: Layers) -> GPT:
-    with torch.device("meta"):
-        model = GPT(config, layers)
-    model = model.to_empty(device="cpu")
-    model.tie()  # to_empty gives each name a tensor of its own
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(file.get_tensor(f"model.{name}"))
-    return model
 
 
 def _numel(shape: list[int]) -> int:

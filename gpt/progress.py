@@ -22,7 +22,7 @@ def progress(max_steps: int, steps_done: int = 0, file: TextIO | None = None) ->
     except ImportError:
         yield _plain_lines(max_steps, file)
         return
-    console = rich.console.Console(file=file)
+    console = rich.console.Console(file=file, highlight=False)
     if not console.is_terminal:
         yield _plain_lines(max_steps, file)
         return

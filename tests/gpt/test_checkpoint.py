@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -162,6 +163,16 @@ class TestHostileFiles:
             with pytest.raises(CheckpointError):
                 Checkpoint.open(saved)
 
+    @pytest.mark.parametrize("name", ["model.transformer.wpe.weight", "dropout", "batches"])
+    def test_a_single_wrong_bit_in_the_numbers_is_noticed(self, saved, tokens, name):
+        tensors = load_file(saved)
+        place = saved.read_bytes().index(tensors[name].numpy().tobytes())
+        damaged = bytearray(saved.read_bytes())
+        damaged[place] ^= 1
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"damaged.*{name}"):
+            Checkpoint.open(saved).resume(tokens)
+
     def test_safetensors_of_something_else_are_refused(self, tmp_path):
         save_file({"weight": torch.ones(2)}, tmp_path / "file")
         with pytest.raises(CheckpointError, match="not a checkpoint of trilby"):
@@ -184,6 +195,7 @@ class TestHostileFiles:
             (("train", "sampler"), "contiguous"),
             (("train", "learning_rate"), float("nan")),
             (("tokenizer",), None),
+            (("checksums",), 5),
         ],
         ids=str,
     )
@@ -219,7 +231,12 @@ class TestHostileFiles:
     @pytest.mark.parametrize("name", ["dropout", "batches"])
     @pytest.mark.parametrize("broken", [torch.full((5056,), 255), torch.zeros(5)], ids=["of ones", "too short"])
     def test_a_broken_generator_is_refused(self, saved, tokens, name, broken):
-        rewrite(saved, tensors=lambda tensors: tensors.update({name: broken.to(torch.uint8)}))
+        broken = broken.to(torch.uint8)
+        rewrite(
+            saved,
+            header=lambda header: set_at(header, ("checksums", name), zlib.crc32(broken.numpy().data)),
+            tensors=lambda tensors: tensors.update({name: broken}),
+        )
         with pytest.raises(CheckpointError, match="broken generator"):
             Checkpoint.open(saved).resume(tokens)
 
