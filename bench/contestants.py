@@ -32,6 +32,7 @@ def contestants(compiled: bool) -> dict[str, Layers]:
 
 def compile_layers(layers: Layers) -> Layers:
     """`layers`, each function through torch.compile; every shape is compiled anew."""
+    torch.compiler.reset()  # after some shapes of one function it would give up, and run the function as it is
     return Layers(
         attention=torch.compile(layers.attention, dynamic=False),
         layer_norm=torch.compile(layers.layer_norm, dynamic=False),

@@ -23,7 +23,7 @@ from .contestants import Call, contestants, errors, prepare, truths
 from .machine import MIB, Ceilings
 from .measure import Budget, interleaved
 from .memory import peak_bytes
-from .results import RIVAL, RIVAL_AGAIN, Row, Work
+from .results import COMPILED, RIVAL, RIVAL_AGAIN, Row, Work
 
 # What `--cold` writes between turns: more than any cache holds, so that no turn finds its inputs there.
 EVICTION_BYTES = 512 * MIB
@@ -96,6 +96,8 @@ def kernel_rows(plan: Plan, ceilings: Ceilings, advance: Callable[[], None]) -> 
             sides = contestants(plan.compiled)
             for direction in DIRECTIONS:
                 calls = {name: job.call(layers, direction) for name, layers in sides.items()}
+                if COMPILED in calls:
+                    calls[COMPILED]()  # compiles; neither that time nor that memory is a call's
                 # First, while nothing is warm: later calls find scratch memory that they need not ask for.
                 checked = {name: peak_bytes(call) for name, call in calls.items()}
                 found = errors(job, {name: result for name, (result, _) in checked.items()}, truth)
