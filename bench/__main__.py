@@ -8,8 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError:
+    sys.exit("trilby.bench prints its table with rich, which is not installed: pip install 'trilby[bench]'")
 from trilby.kernels import keep_memory
 
 from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings

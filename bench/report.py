@@ -79,7 +79,8 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
         f"{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
         f"{machine.memory_bytes / 2**30:.0f} GiB, {machine.system}; {versions}; "
         f"PyTorch runs {machine.capability}, trilby {served}",
-        f"ceilings, the most that was reached here: multiply-adds {rates} (torch.mm); copies {copies}",
+        f"ceilings, the most that was reached here: multiply-adds {rates} (torch.mm; what float32 reaches, bfloat16 "
+        f"can); copies {copies}",
     ]
 
 
@@ -99,7 +100,9 @@ def _curves(training: Training) -> str:
     verdict = "agree" if training.agrees else "DISAGREE"
     curve = training.losses[RIVAL]
     return (
-        f"GPT in {training.dtype} on {training.text}: {len(curve)} steps, loss {curve[0]:.3f} -> {curve[-1]:.3f}; "
+        f"GPT in {training.dtype} on {training.text}: {len(curve)} steps, loss {curve[0]:.3f} -> {curve[-1]:.3f}, "
+        f"{training.tokens_per_second[OURS]:.0f} tokens/s with trilby, "
+        f"{training.tokens_per_second[RIVAL]:.0f} with PyTorch; "
         f"the two loss curves {verdict}: they differ by at most {training.largest_difference:.1e}, "
         f"where a step changes the loss by {training.usual_change:.1e}."
     )
@@ -188,6 +191,7 @@ def training_to_json(training: Training) -> dict[str, Any]:
         "dtype": training.dtype,
         "text": training.text,
         "losses": {name: list(values) for name, values in training.losses.items()},
+        "tokens_per_second": dict(training.tokens_per_second),
         "largest_difference": training.largest_difference,
         "usual_change": training.usual_change,
         "agrees": training.agrees,

@@ -125,11 +125,13 @@ class Training:
         dtype: In what the two were trained.
         text: Where the text is from.
         losses: Of every step, by contestant, and "float64".
+        tokens_per_second: In the median step, by contestant.
     """
 
     dtype: str
     text: str
     losses: Mapping[str, tuple[float, ...]]
+    tokens_per_second: Mapping[str, float]
 
     @property
     def largest_difference(self) -> float:

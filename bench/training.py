@@ -23,6 +23,7 @@ from trilby.gpt.config import Precision
 
 from .cases import attention_flops
 from .machine import Ceilings
+from .measure import quantiles
 from .results import OURS, RIVAL, Error, Row, Training, Work
 
 FLOAT64 = "float64"
@@ -86,7 +87,8 @@ def train(
     rows, trainings = [], []
     for precision in PRECISIONS:
         losses, seconds = _train_in_turns(lesson, model, precision, tokens, advance)
-        training = Training(precision, text.source, losses | {FLOAT64: truth})
+        rates = {name: lesson.batch_size * lesson.block_size / quantiles(each).p50 for name, each in seconds.items()}
+        training = Training(precision, text.source, losses | {FLOAT64: truth}, rates)
         trainings.append(training)
         rows.append(_row(lesson, model, training, seconds, ceilings, text))
     return tuple(rows), tuple(trainings)

@@ -34,7 +34,7 @@ def self_check(first=1.0, second=1.0):
 
 
 def training(ours=(3.0, 2.0, 1.5), rival=(3.0, 2.0, 1.5)):
-    return Training("float32", "a text", {OURS: ours, RIVAL: rival, "float64": rival})
+    return Training("float32", "a text", {OURS: ours, RIVAL: rival, "float64": rival}, {OURS: 321.0, RIVAL: 123.0})
 
 
 def run(*rows, trainings=()):
@@ -120,6 +120,7 @@ def test_loss_curves_agree_if_they_differ_less_than_they_move(ours, agrees):
     assert compared.agrees == agrees
     lines = foot(run(trainings=(compared,)))
     assert any("curves agree" in line for line in lines) == agrees
+    assert any("321 tokens/s with trilby, 123 with PyTorch" in line for line in lines)
     assert any(line.startswith("LOSS CURVES DISAGREE:") and is_alarm(line) for line in lines) != agrees
 
 
