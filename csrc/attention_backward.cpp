@@ -161,7 +161,7 @@ void back_propagate(const AttentionShape& shape, const Panel& panel, const KeyBl
   }
   if (wanted != Wanted::key_and_value) {
     const Operand keys = {block.keys, 1, D};
-    if (sight.diagonal && !block.keys_finite) {
+    if (!zero_hides(sight, block.keys, D)) {
       product<PANEL_VECTORS, Start::resume, true>(D, keys, work.grad_scores, PANEL, panel.grad_queries, PANEL, nullptr,
                                                   sight.keys, sight.shift);
     } else {
@@ -187,7 +187,7 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
   const int64_t end = shape.causal ? smaller(end_key, visible) : end_key;
   for (int64_t first = first_key; first < end; first += BLOCK) {
     const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, head.batch, head.key_head, first,
-                                              smaller(end - first, BLOCK), first_query, work.keys, work.values);
+                                              smaller(end - first, BLOCK), work.keys, work.values);
     float* grad_keys = work.grad_keys + (first - first_key) * whole_vectors(shape.head_dim);
     float* grad_values = work.grad_values + (first - first_key) * whole_vectors(shape.value_dim);
     for (int64_t p = 0; p < panels; p++) {
@@ -195,13 +195,12 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
     }
   }
   if (wanted == Wanted::key_and_value) return;
+  float scales[PANEL];
+  for (float& scale : scales) scale = shape.scale;
   for (int64_t p = 0; p < panels; p++) {
     const Panel& panel = work.panel[p];
-    for (int64_t i = 0; i < shape.head_dim * PANEL; i += LANES) {
-      store(panel.grad_queries + i, load(panel.grad_queries + i) * shape.scale);
-    }
     unpack_transposed<Format>(
-        panel.grad_queries, PANEL, panel.count, shape.head_dim,
+        panel.grad_queries, PANEL, scales, panel.count, shape.head_dim,
         row_of<typename Format::Element>(problem.grad_query, head.batch, head.query_head, panel.first_query),
         problem.grad_query.row);
   }

@@ -87,7 +87,7 @@ void attend(const AttentionShape& shape, const Panel& panel, const KeyBlock& blo
   if (sight.diagonal) hide(work.scores, sight, -INFINITE);
   online_softmax(work.scores, sight.keys, Scale(shape).size * LOG2_E, panel.maxima, panel.sums, work.factors);
   const Operand values = {block.values, 1, shape.value_dim};
-  if (sight.diagonal && !block.values_finite) {
+  if (!zero_hides(sight, block.values, shape.value_dim)) {
     product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
                                                  work.factors, sight.keys, sight.shift);
   } else {
@@ -127,13 +127,7 @@ void finish(const AttentionForward& problem, const Panel& panel, int64_t batch, 
   for (int64_t m = 0; m < panel.count; m++) {
     logsumexp[m] = panel.maxima[m] * size + __builtin_logf(panel.sums[m]);
   }
-  for (int64_t d = 0; d < shape.value_dim; d++) {
-    for (int c = 0; c < PANEL_VECTORS; c++) {
-      float* at = panel.outputs + d * PANEL + c * LANES;
-      store(at, load(at) * load(inverse + c * LANES));
-    }
-  }
-  unpack_transposed<Format>(panel.outputs, PANEL, panel.count, shape.value_dim,
+  unpack_transposed<Format>(panel.outputs, PANEL, inverse, panel.count, shape.value_dim,
                             row_of<typename Format::Element>(problem.output, batch, head, panel.first_query),
                             problem.output.row);
 }
@@ -149,7 +143,7 @@ void forward_tile(const AttentionForward& problem, int64_t batch, int64_t head, 
   const int64_t end = shape.causal ? smaller(shape.key_length, visible) : shape.key_length;
   for (int64_t first = 0; first < end; first += BLOCK) {
     const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, batch, key_head, first,
-                                              smaller(end - first, BLOCK), first_query, work.keys, work.values);
+                                              smaller(end - first, BLOCK), work.keys, work.values);
     for (int64_t p = 0; p < panels; p++) attend(shape, panel[p], block, work);
   }
   for (int64_t p = 0; p < panels; p++) finish<Format>(problem, panel[p], batch, head);

@@ -63,15 +63,17 @@ static inline void pack_transposed(const typename Format::Element* from, const V
   }
 }
 
-// to[m][d] = from[d][m] for m < rows, d < columns; rows of `to` lie `stride` apart, their elements side by side.
+// to[m][d] = from[d][m] · factors[m] for m < rows, d < columns; rows of `to` lie `stride` apart, their elements side by
+// side.
 template <class Format>
-static inline void unpack_transposed(const float* from, int64_t width, int64_t rows, int64_t columns,
-                                     typename Format::Element* to, int64_t stride) {
+static inline void unpack_transposed(const float* from, int64_t width, const float* factors, int64_t rows,
+                                     int64_t columns, typename Format::Element* to, int64_t stride) {
   for (int64_t m = 0; m < rows; m += LANES) {
+    const Vector factor = load(factors + m);
     for (int64_t d = 0; d < columns; d += LANES) {
       const int64_t count = columns - d < LANES ? columns - d : LANES;
       Vector block[LANES];
-      for (int i = 0; i < LANES; i++) block[i] = i < count ? load(from + (d + i) * width + m) : Vector{};
+      for (int i = 0; i < LANES; i++) block[i] = i < count ? load(from + (d + i) * width + m) * factor : Vector{};
       transpose(block);
       for (int i = 0; i < LANES && m + i < rows; i++) {
         typename Format::Element* row = to + (m + i) * stride + d;
@@ -85,12 +87,15 @@ static inline void unpack_transposed(const float* from, int64_t width, int64_t r
   }
 }
 
-// Whether none of `count` floats is a NaN or an infinity: only those times 0 are not 0.
+// Whether none of `count` floats is a NaN or an infinity: only those times 0 are not 0. Four chains hide the latency.
 static inline bool all_finite(const float* values, int64_t count) {
-  Vector spoiled = {};
+  constexpr int CHAINS = 4;
+  Vector spoiled[CHAINS] = {};
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) spoiled += load(values + i) * 0.0f;
-  float sum = horizontal_sum(spoiled);
+  for (; i + CHAINS * LANES <= count; i += CHAINS * LANES) {
+    for (int chain = 0; chain < CHAINS; chain++) spoiled[chain] += load(values + i + chain * LANES) * 0.0f;
+  }
+  float sum = horizontal_sum((spoiled[0] + spoiled[1]) + (spoiled[2] + spoiled[3]));
   for (; i < count; i++) sum += values[i] * 0.0f;
   return sum == 0.0f;
 }

@@ -50,29 +50,16 @@ class Carver {
 struct KeyBlock {
   const float *keys, *values;
   int64_t first, count;
-  // No NaN and no infinity in it. Looked at only where a mask hides some of it: 0 · NaN is NaN, and a hidden key must
-  // not be multiplied at all.
-  bool keys_finite, values_finite;
 };
 
 template <class Format>
 static inline KeyBlock load_block(const AttentionShape& shape, const View& key, const View& value, int64_t batch,
-                                  int64_t head, int64_t first, int64_t count, int64_t first_query, float* keys,
-                                  float* values) {
+                                  int64_t head, int64_t first, int64_t count, float* keys, float* values) {
   using Element = typename Format::Element;
   const Element* key_rows = row_of<Element>(key, batch, head, first);
   const Element* value_rows = row_of<Element>(value, batch, head, first);
-  KeyBlock block = {packed_rows<Format>(key_rows, key, count, shape.head_dim, keys),
-                    packed_rows<Format>(value_rows, value, count, shape.value_dim, values),
-                    first,
-                    count,
-                    true,
-                    true};
-  if (shape.causal && first + count > first_query + 1) {
-    block.keys_finite = all_finite(block.keys, count * shape.head_dim);
-    block.values_finite = all_finite(block.values, count * shape.value_dim);
-  }
-  return block;
+  return {packed_rows<Format>(key_rows, key, count, shape.head_dim, keys),
+          packed_rows<Format>(value_rows, value, count, shape.value_dim, values), first, count};
 }
 
 // How many keys of a block a panel sees, and whether some of its queries see fewer: with shift = first query - first
@@ -94,6 +81,12 @@ struct Sight {
     diagonal = keys - 1 > shift;
   }
 };
+
+// Whether `rows` [keys][columns] of a block may be multiplied by the zeros of hidden pairs: 0 · NaN is NaN, and what a
+// mask hides must not be felt.
+static inline bool zero_hides(const Sight& sight, const float* rows, int64_t columns) {
+  return !sight.diagonal || all_finite(rows, sight.keys * columns);
+}
 
 // Replaces the values [keys][PANEL] of hidden pairs.
 static inline void hide(float* values, const Sight& sight, float replacement) {

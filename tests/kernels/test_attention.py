@@ -421,8 +421,27 @@ class TestPublicFunction:
         assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, **arguments))
 
     @pytest.mark.parametrize(
+        ("sizes", "reason"),
+        [
+            ((4, 4, 31, 500, 64), "there are 31 queries, fewer than 32"),
+            ((1, 1, 64, 64, 64), "the scores take 262144 multiplications, fewer than 2000000"),
+            ((4, 4, 128, 128, 257), "the head dimension is 257, above 256"),
+        ],
+    )
+    def test_calls_that_pytorch_ends_sooner_are_pytorchs(self, sizes: tuple[int, ...], reason: str) -> None:
+        B, H, T, S, D = sizes
+        inputs = Case(B, H, H, T, S, D, D).inputs(torch.float32)
+        assert reason in reasons_for_pytorch(*inputs)
+        assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
+
+    @pytest.mark.parametrize(
         "shapes",
-        [((4, 10, 8),) * 3, ((3, 5, 2, 7, 8),) * 3, ((7, 8),) * 3, ((2, 1, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8))],
+        [
+            ((9, 99, 64),) * 3,
+            ((3, 5, 2, 99, 8),) * 3,
+            ((999, 8),) * 3,
+            ((9, 1, 99, 64), (9, 3, 99, 64), (9, 3, 99, 64)),
+        ],
         ids=["three dimensions", "five dimensions", "two dimensions", "broadcast heads"],
     )
     def test_other_ranks_and_broadcasts_are_pytorchs(self, shapes: tuple[tuple[int, ...], ...]) -> None:

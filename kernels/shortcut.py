@@ -1,0 +1,87 @@
+"""The short way into an operator: past what a plain CPU call has no use for.
+
+Measured on one thread, attention of four queries, in µs of processor time: an operator called from Python, its
+gradients registered with `torch.library.register_autograd`, takes 12 forward, 154 forward and backward; by the short
+way 4.5 and 84; `F.scaled_dot_product_attention`, C++ throughout, 6.4 and 80. So it is the short way that lets trilby's
+kernels be the faster ones on small calls, too.
+
+It is taken only where nothing could notice: eager mode, ordinary tensors, no transform, no mode, no tracing. Any other
+call goes through PyTorch's dispatcher in full. Both ways share the operator's one row in `ops.OPERATORS`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from .ops import OPERATORS, Operator
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# What PyTorch consults for an ordinary tensor on a CPU, and for a thread that is in no mode and no transform.
+_ORDINARY = torch._C._dispatch_keys(torch.empty(0))
+_NO_MODE = torch._C._dispatch_tls_local_include_set()
+
+
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether `tensors` are plain CPU tensors, outside every mode, transform and level of forward differentiation."""
+    if torch._C._dispatch_tls_local_include_set() != _NO_MODE or forward_ad._current_level >= 0:
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, Parameter) or torch._C._dispatch_keys(tensor) != _ORDINARY:
+            return False
+    return True
+
+
+def reasons_of_context() -> tuple[str, ...]:
+    """Why a call is PyTorch's to compute, whatever it is: what the thread is in the midst of."""
+    if torch._C._are_functorch_transforms_active():
+        return ("a transform of torch.func is active, and operators from outside PyTorch have no rule for those",)
+    if forward_ad._current_level >= 0:
+        return ("forward-mode differentiation is active, and trilby has no formula for it",)
+    return ()
+
+
+def _function(operator: Operator, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd node made of the operator's own row."""
+    assert operator.save is not None
+    assert operator.backward is not None
+    save, differentiate = operator.save, operator.backward
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = compute(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return differentiate(ctx, *gradients)
+
+    apply: Callable[..., Any] = Function.apply
+    return apply
+
+
+def short_way(name: str, tensors: int) -> Callable[..., Any]:
+    """The operator `name`, whose first `tensors` arguments are tensors or None, to be called as often as wanted."""
+    operator = next(operator for operator in OPERATORS if operator.name == name)
+    in_full = getattr(torch.ops.trilby, name).default
+    compute = partial(in_full.redispatch, _CPU)
+    differentiably = _function(operator, compute)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not is_ordinary(*arguments[:tensors]):
+            return in_full(*arguments)
+        if torch.is_grad_enabled():
+            for tensor in arguments[:tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    return differentiably(*arguments)
+        return compute(*arguments)
+
+    return call
