@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # GPT-2 was trained with the tanh form of GELU; the exact form moves its logits in the third digit.
+        # GPT-2 was trained with the tanh form of GELU.
         output: Tensor = self.c_proj(F.gelu(self.c_fc(input), approximate="tanh"))
         return output
 
