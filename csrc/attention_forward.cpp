@@ -57,24 +57,29 @@ struct Panel {
   float *queries, *outputs, *maxima, *sums;
 };
 
-// Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by.
+// Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by. The
+// vectors of a panel take turns key by key: one alone would wait for its own maximum.
 void online_softmax(float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors) {
-  for (int c = 0; c < PANEL_VECTORS; c++) {
-    float* column = scores + c * LANES;
-    const Vector old_maximum = load(maxima + c * LANES);
-    Vector maximum = old_maximum;
-    for (int64_t n = 0; n < keys; n++) maximum = larger(load(column + n * PANEL), maximum);
-    const Vector shift = maximum == -INFINITE ? Vector{} : maximum;  // nothing seen yet: -inf - 0, not -inf + inf
-    Vector sum = {};
-    for (int64_t n = 0; n < keys; n++) {
-      const Vector probability = exp2_of_nonpositive((load(column + n * PANEL) - shift) * scale);
-      store(column + n * PANEL, probability);
-      sum += probability;
+  Vector maximum[PANEL_VECTORS], shift[PANEL_VECTORS], sum[PANEL_VECTORS] = {};
+  for (int c = 0; c < PANEL_VECTORS; c++) maximum[c] = load(maxima + c * LANES);
+  for (int64_t n = 0; n < keys; n++) {
+    for (int c = 0; c < PANEL_VECTORS; c++) maximum[c] = larger(load(scores + n * PANEL + c * LANES), maximum[c]);
+  }
+  // Nothing seen yet: -inf - 0, not -inf + inf.
+  for (int c = 0; c < PANEL_VECTORS; c++) shift[c] = maximum[c] == -INFINITE ? Vector{} : maximum[c];
+  for (int64_t n = 0; n < keys; n++) {
+    for (int c = 0; c < PANEL_VECTORS; c++) {
+      float* score = scores + n * PANEL + c * LANES;
+      const Vector probability = exp2_of_nonpositive((load(score) - shift[c]) * scale);
+      store(score, probability);
+      sum[c] += probability;
     }
-    const Vector factor = exp2_of_nonpositive((old_maximum - shift) * scale);
+  }
+  for (int c = 0; c < PANEL_VECTORS; c++) {
+    const Vector factor = exp2_of_nonpositive((load(maxima + c * LANES) - shift[c]) * scale);
     store(factors + c * LANES, factor);
-    store(sums + c * LANES, load(sums + c * LANES) * factor + sum);
-    store(maxima + c * LANES, maximum);
+    store(sums + c * LANES, load(sums + c * LANES) * factor + sum[c]);
+    store(maxima + c * LANES, maximum[c]);
   }
 }
 

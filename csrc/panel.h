@@ -83,9 +83,11 @@ struct Sight {
 };
 
 // Whether `rows` [keys][columns] of a block may be multiplied by the zeros of hidden pairs: 0 · NaN is NaN, and what a
-// mask hides must not be felt.
+// mask hides must not be felt. Only keys that are hidden from some query are looked at.
 static inline bool zero_hides(const Sight& sight, const float* rows, int64_t columns) {
-  return !sight.diagonal || all_finite(rows, sight.keys * columns);
+  if (!sight.diagonal) return true;
+  const int64_t seen_by_all = sight.shift < 0 ? 0 : sight.shift + 1;
+  return all_finite(rows + seen_by_all * columns, (sight.keys - seen_by_all) * columns);
 }
 
 // Replaces the values [keys][PANEL] of hidden pairs.
