@@ -72,8 +72,8 @@ template <class Format, class WeightFormat>
 static inline void widen(const void* weight, int64_t width, float* to) {
   const auto* from = static_cast<const typename WeightFormat::Element*>(weight);
   walk(width, [&](int64_t column, auto step, int) {
-    const Pair pair = to_pair_order<Format, decltype(step)>(load_in_order<WeightFormat>(from + column, step), step);
-    store_in_order<Float32>(to + column, pair, step);
+    const Pair pair = quieted(load_in_order<WeightFormat>(from + column, step));
+    store_in_order<Float32>(to + column, to_pair_order<Format, decltype(step)>(pair, step), step);
   });
 }
 

@@ -17,9 +17,9 @@ namespace trilby::TRILBY_LEVEL {
 
 namespace {
 
-// Means of g and of g · u over a row.
+// Means of g and of g · d over a row.
 struct Means {
-  float g, gu;
+  float g, gd;
 };
 
 template <class Format>
@@ -42,19 +42,18 @@ struct WeightGradients {
 
 template <class Format, bool CENTERED>
 Means add_weight_gradients(const Row<Format> row, const float* weight, const WeightGradients to, int64_t width) {
-  Pair sums_g[CHAINS] = {}, sums_gu[CHAINS] = {};
+  Pair sums_g[CHAINS] = {}, sums_gd[CHAINS] = {};
   walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
     const Pair grad = load_pair<Format>(row.grad_normalized + column, step);
-    const Pair unit = (load_pair<Format>(row.summed + column, step) - row.mean) * row.rstd;
-    const Pair grad_unit = grad * unit;
+    const Pair moment = grad * (load_pair<Format>(row.summed + column, step) - row.mean);
     const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
     if constexpr (CENTERED) sums_g[chain] = sums_g[chain] + grad * scale;
-    sums_gu[chain] = sums_gu[chain] + grad_unit * scale;
-    store_pair<Float32>(to.weight + column, load_pair<Float32>(to.weight + column, step) + grad_unit, step);
+    sums_gd[chain] = sums_gd[chain] + moment * scale;
+    store_pair<Float32>(to.weight + column, load_pair<Float32>(to.weight + column, step) + moment * row.rstd, step);
     store_pair<Float32>(to.bias + column, load_pair<Float32>(to.bias + column, step) + grad, step);
   });
   const float count = static_cast<float>(width);
-  return {CENTERED ? total(sums_g) / count : 0.0f, total(sums_gu) / count};
+  return {CENTERED ? total(sums_g) / count : 0.0f, total(sums_gd) / count};
 }
 
 template <class Format>
@@ -66,7 +65,7 @@ struct InputGradients {
 template <class Format, Stores STORES>
 void input_gradients(const Row<Format> row, const Row<Format> ahead, const Means means, const float* weight,
                      const InputGradients<Format> to, int64_t width) {
-  const float slope = means.gu * row.rstd * row.rstd;
+  const float slope = means.gd * row.rstd * row.rstd * row.rstd;
   walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
     fetch(ahead.grad_normalized + column);
     fetch(ahead.summed + column);

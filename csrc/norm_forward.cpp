@@ -7,61 +7,51 @@
 // row above it is normalized, so that neither waits for the other, and the row below it is fetched meanwhile.
 // Traffic an element: one read and one write, or two and two with a branch.
 //
-// The statistics take one pass. Deviations are from the mean of the row's first columns, so that a mean of 10⁶ costs the
-// variance nothing: they are exact near that mean. Where it turns out to be far from the row's mean, a second pass takes
-// deviations from the latter.
+// The statistics take one pass where the row's mean is small beside its deviation, as a residual stream's is: then the
+// sum of squares gives the variance. Otherwise a second pass, in the cache, takes deviations from the mean, so that a
+// mean of 10⁶ costs the variance nothing: they are exact near that mean.
 #include "norm.h"
 
 namespace trilby::TRILBY_LEVEL {
 
 namespace {
 
-// The row's mean is origin + shift; deviations are taken from `origin`.
+// The row's mean is origin + shift; `origin` is 0, or where deviations were taken from.
 struct Statistics {
   float origin, shift, rstd;
 };
-
-template <class Source>
-float mean_of_first_columns(const typename Source::Element* row, int64_t width) {
-  Pair sums[CHAINS] = {};
-  const int64_t columns = smaller(width, CHAINS * PAIR);
-  walk(columns, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-    sums[chain] = sums[chain] + load_pair<Source>(row + column, step);
-  });
-  return total(sums) / static_cast<float>(columns);
-}
 
 struct Moments {
   float shift, variance;
 };
 
-template <class Source, bool CENTERED>
+// Of deviations from `origin`, or with ORIGIN false of the elements themselves.
+template <class Source, bool SHIFT, bool ORIGIN>
 Moments moments(const typename Source::Element* row, int64_t width, float origin) {
-  Pair deviations[CHAINS] = {}, squares[CHAINS] = {};
+  Pair sums[CHAINS] = {}, squares[CHAINS] = {};
   walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-    Pair deviation = load_pair<Source>(row + column, step);
-    if constexpr (CENTERED) {
-      deviation = only_columns(deviation - origin, step);
-      deviations[chain] = deviations[chain] + deviation;
-    }
-    squares[chain] = squares[chain] + deviation * deviation;
+    Pair element = load_pair<Source>(row + column, step);
+    if constexpr (ORIGIN) element = only_columns(element - origin, step);
+    if constexpr (SHIFT) sums[chain] = sums[chain] + element;
+    squares[chain] = squares[chain] + element * element;
   });
   const float count = static_cast<float>(width);
-  const float shift = CENTERED ? total(deviations) / count : 0.0f;
+  const float shift = SHIFT ? total(sums) / count : 0.0f;
   const float variance = total(squares) / count - shift * shift;
   return {shift, variance < 0.0f ? 0.0f : variance};
 }
 
+float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+
 template <class Source, bool CENTERED>
 Statistics statistics(const typename Source::Element* row, int64_t width, float eps) {
-  float origin = CENTERED ? mean_of_first_columns<Source>(row, width) : 0.0f;
-  Moments of = moments<Source, CENTERED>(row, width, origin);
-  // The variance is a difference of two numbers; up to here it loses a factor of 1.25, a third of a bit.
+  const Moments of = moments<Source, CENTERED, false>(row, width, 0.0f);
+  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit.
   if (of.shift * of.shift > 0.25f * of.variance) {
-    origin += of.shift;
-    of = moments<Source, CENTERED>(row, width, origin);
+    const Moments mended = moments<Source, true, true>(row, width, of.shift);
+    return {of.shift, mended.shift, reciprocal_root(mended.variance + eps)};
   }
-  return {origin, of.shift, 1.0f / __builtin_sqrtf(of.variance + eps)};
+  return {0.0f, of.shift, reciprocal_root(of.variance + eps)};
 }
 
 struct Weights {

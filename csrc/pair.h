@@ -102,11 +102,17 @@ inline Pair load_pair<BFloat16, Whole>(const uint16_t* from, Whole) {
   return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
 }
 
-// Rounded to nearest even in the high half of each lane; a NaN stays one.
+// Rounded to nearest even in the high half of each lane. A NaN stays one if the low half of its bits is 0: rounding then
+// carries nothing into the high half. Arithmetic on such NaNs and numbers makes no others, so that 2 of 6 instructions
+// are saved by `quieted` where other floats come in.
 static inline Bits high_bfloat16(Vector vector) {
   const Bits bits = (Bits)vector;
-  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return vector != vector ? bits | 0x400000u : rounded;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+static inline Pair quieted(Pair pair) {
+  const Vector nan = (Vector)(Bits{} + 0x7fc00000u);
+  return {pair.first != pair.first ? nan : pair.first, pair.second != pair.second ? nan : pair.second};
 }
 
 enum class Stores { cached, streamed };
