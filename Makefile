@@ -19,7 +19,7 @@ test: lint types
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h tests/kernels/*.cpp
 
 # The folders are imported as trilby.kernels, trilby.gpt, trilby.bench; mypy finds them so through a link.
 types: $(READY)
