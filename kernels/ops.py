@@ -72,9 +72,9 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # the gradients are to be differentiated: by way of what the operator means
-        inputs = ctx.saved_tensors[:3]
-        output = reference.attention(*inputs, ctx.is_causal, ctx.scale)[0]
-        return (*torch.autograd.grad(output, inputs, grad_output, create_graph=True), None, None)
+        query, key, value = ctx.saved_tensors[:3]
+        output = reference.attention(query, key, value, ctx.is_causal, ctx.scale)[0]
+        return (*torch.autograd.grad(output, (query, key, value), grad_output, create_graph=True), None, None)
     gradients = torch.ops.trilby.attention_backward(grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
     return (*gradients, None, None)
 
