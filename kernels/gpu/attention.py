@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_backward import (
-    BackwardInputs,
-    attention_backward_key_value_call,
-    attention_backward_query_call,
-    attention_backward_rows_call,
-)
+from .attention_backward import BackwardInputs, attention_backward_rows_call
+from .attention_backward_key_value import attention_backward_key_value_call
+from .attention_backward_query import attention_backward_query_call
 from .attention_forward import attention_forward_call
 from .attention_launch import AttentionTiles, attention_backward_tiles, attention_forward_tiles
 from .targets import Target, device_of
@@ -118,9 +115,7 @@ def attention_backward(
     return grad_query, grad_key, grad_value
 
 
-def check_results(
-    grad_output: Tensor, query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor
-) -> None:
+def check_results(grad_output: Tensor, query: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor) -> None:
     """Refuse results that are not of the shapes and dtypes that `attention` returns for these inputs.
 
     Raises:
@@ -173,5 +168,5 @@ def dot_precision(target: Target, dtype: torch.dtype) -> str:
     """
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
-        setting = torch.backends.fp32_precision
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]  # torch's annotations lack it
     return "tf32" if dtype == torch.float32 and setting == "tf32" and target.backend == "cuda" else "ieee"

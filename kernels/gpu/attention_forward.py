@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import Call, alignment_of, needs_wide_offsets, padded, strides
 from .attention_launch import AttentionTiles
+from .call import Call, alignment_of, needs_wide_offsets, padded, strides
 from .tile import aligned, load_tile, token_pointers
 
 
@@ -60,17 +60,12 @@ def attend(
             new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         # A row that has seen only -inf keeps probabilities of 0 where -inf - -inf would be NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if MASKED:
-            probabilities = tl.exp2(scores - shift[:, None])
-        else:
-            probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
+        probabilities = tl.exp2((scores if MASKED else scores * scale_log2) - shift[:, None])
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(probabilities, 1)
         value_tile = load_tile(value + value_offsets, key_mask, value_dim_mask, MASKED, VALUE_DIM != BLOCK_DV)
         accumulator = accumulator * decay[:, None]
-        accumulator = tl.dot(
-            probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION
-        )
+        accumulator = tl.dot(probabilities.to(value_tile.dtype), value_tile, accumulator, input_precision=PRECISION)
         row_max = new_max
         key += key_step
         value += value_step
@@ -133,9 +128,7 @@ def attention_forward_kernel(
     batch = (program // tiles // heads).to(tl.int64)
     kv_head = (head // group).to(tl.int64)
 
-    query += batch * aligned(query_stride_b, ALIGNMENT) + head.to(tl.int64) * aligned(
-        query_stride_h, ALIGNMENT
-    )
+    query += batch * aligned(query_stride_b, ALIGNMENT) + head.to(tl.int64) * aligned(query_stride_h, ALIGNMENT)
     key += batch * aligned(key_stride_b, ALIGNMENT) + kv_head * aligned(key_stride_h, ALIGNMENT)
     value += batch * aligned(value_stride_b, ALIGNMENT) + kv_head * aligned(value_stride_h, ALIGNMENT)
 

@@ -16,12 +16,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .attention_backward import (
-    BackwardInputs,
-    attention_backward_key_value_call,
-    attention_backward_query_call,
-    attention_backward_rows_call,
-)
+from .attention_backward import BackwardInputs, attention_backward_rows_call
+from .attention_backward_key_value import attention_backward_key_value_call
+from .attention_backward_query import attention_backward_query_call
 from .attention_forward import attention_forward_call
 from .attention_launch import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS, FORWARD, AttentionTiles, Row
 from .call import Call
@@ -105,13 +102,19 @@ class AttentionShape:
 
     def _inputs(self) -> BackwardInputs:
         statistics = _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
-        four = [self.heads() for _ in range(4)]
-        return BackwardInputs(*four, statistics, statistics, self.is_causal, 0.125, self.precision)
+        grad_output, query, key, value = (self.heads() for _ in range(4))
+        return BackwardInputs(
+            grad_output, query, key, value, statistics, statistics, self.is_causal, 0.125, self.precision
+        )
 
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.dtype == torch.float32 else ""
         causal = " causal" if self.is_causal else ""
-        return f"{str(self.dtype).removeprefix('torch.')}{precision} D {self.head_dim}{causal}"
+        return f"{_name(self.dtype)}{precision} D {self.head_dim}{causal}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +126,7 @@ def attention_cases(target: Target) -> Iterator[Case]:
     for kernel, table in (("forward", FORWARD), ("key_value", BACKWARD_KEY_VALUE), ("query", BACKWARD_QUERY)):
         for row in table:
             if target.name in row.targets:
-                shape = AttentionShape(*_arithmetic(row), precision=row.arithmetic if row.arithmetic == "tf32" else "ieee")
+                shape = _shape(row)
                 call = getattr(shape, kernel)(row.tiles)
                 name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
                 yield Case(name, target, call, row.arithmetic != "ieee", row.spills)
@@ -131,8 +134,10 @@ def attention_cases(target: Target) -> Iterator[Case]:
     yield Case(f"attention rows {shape}", target, shape.rows())
 
 
-def _arithmetic(row: Row) -> tuple[torch.dtype, int]:
-    return torch.bfloat16 if row.arithmetic == "half" else torch.float32, row.head_dim
+def _shape(row: Row) -> AttentionShape:
+    if row.arithmetic == "half":
+        return AttentionShape(torch.bfloat16, row.head_dim)
+    return AttentionShape(torch.float32, row.head_dim, precision=row.arithmetic)
 
 
 def norm_cases(target: Target) -> Iterator[Case]:
@@ -141,12 +146,14 @@ def norm_cases(target: Target) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for row in (*NORM_FORWARD, None):
             width = 65536 if row is None else row.width
-            tiles = norm_forward_tiles(device, width)
             inputs, results, dropout = _norm_tensors(width, dtype)
-            call = norm_forward_call(
-                inputs.summed, inputs.summed, (inputs.weight, inputs.weight), dropout, 1e-5, results, tiles
-            )
-            yield Case(f"norm forward {str(dtype).removeprefix('torch.')} N {width}", target, call)
+            for drop in (dropout, Dropout(None, 0.0)):
+                tiles = norm_forward_tiles(device, width, drop.seed is not None)
+                call = norm_forward_call(
+                    inputs.summed, inputs.summed, (inputs.weight, inputs.weight), drop, 1e-5, results, tiles
+                )
+                dropped = " dropout" if drop.seed is not None else ""
+                yield Case(f"norm forward {_name(dtype)} N {width}{dropped}", target, call)
         for row in (*NORM_BACKWARD, None):
             width = 65536 if row is None else row.width
             tiles = norm_backward_tiles(device, width)
@@ -154,9 +161,9 @@ def norm_cases(target: Target) -> Iterator[Case]:
             parts = _meta(PROCESSORS, width, dtype=torch.float32)
             gradients = NormGradients(results.normalized, results.normalized, parts, parts)
             for number, call in enumerate(norm_backward_calls(inputs, gradients, dropout, tiles)):
-                yield Case(f"norm backward {str(dtype).removeprefix('torch.')} N {width} ({number})", target, call)
+                yield Case(f"norm backward {_name(dtype)} N {width} ({number})", target, call)
         parts, total = _meta(PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
-        yield Case(f"column sum {str(dtype).removeprefix('torch.')}", target, column_sum_call(parts, total))
+        yield Case(f"column sum {_name(dtype)}", target, column_sum_call(parts, total))
 
 
 def _norm_tensors(width: int, dtype: torch.dtype) -> tuple[NormInputs, NormResults, Dropout]:

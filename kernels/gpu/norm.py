@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .norm_launch import NormTiles, norm_backward_tiles, norm_forward_tiles
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls, parts_of
 from .norm_forward import Dropout, NormResults, norm_forward_call
+from .norm_launch import NormTiles, norm_backward_tiles, norm_forward_tiles
 from .targets import device_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -197,7 +197,7 @@ def _forward(
         dropout,
         eps,
         results,
-        tiles or norm_forward_tiles(device_of(stream, "input"), stream_rows.shape[1]),
+        tiles or norm_forward_tiles(device_of(stream, "input"), stream_rows.shape[1], dropout.seed is not None),
     ).run(stream.device)
     return normalized, summed, mean, rstd
 

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .call import Call, alignment_of, strides
 from .dropout import dropout_factors
-from .norm_launch import NormTiles
 from .norm_forward import Dropout, load_parameter
+from .norm_launch import NormTiles
 from .tile import aligned
 
 NOT_SPECIALIZED = ["grad_normalized_stride_m", "grad_summed_stride_m", "summed_stride_m", "rows", "dropout_threshold"]
@@ -280,9 +280,7 @@ class NormInputs:
     weight: torch.Tensor | None
 
 
-def norm_backward_calls(
-    inputs: NormInputs, gradients: NormGradients, dropout: Dropout, tiles: NormTiles
-) -> list[Call]:
+def norm_backward_calls(inputs: NormInputs, gradients: NormGradients, dropout: Dropout, tiles: NormTiles) -> list[Call]:
     """The launches that fill `gradients`: one, or for rows wider than `tiles.block_n` two."""
     rows, width = inputs.summed.shape
     grad_summed = inputs.summed if inputs.grad_summed is None else inputs.grad_summed
@@ -308,21 +306,20 @@ def norm_backward_calls(
         **dropout.arguments(),
     }
     options = {"num_warps": tiles.num_warps}
-    grid = (min(rows, tiles.programs),)
+    grid: tuple[int, ...] = (min(rows, tiles.programs),)
     if width <= tiles.block_n:
         return [Call(norm_backward_kernel, grid, {**shared, **rows_only, **parts}, options)]
     calls = [Call(norm_backward_wide_kernel, grid, {**shared, **rows_only}, options)]
     if any(part is not None for part in parts.values()):
-        blocks = triton.cdiv(width, tiles.block_n)
-        calls.append(
-            Call(norm_backward_parts_kernel, (parts_of(rows, width, tiles), blocks), {**shared, **parts}, options)
-        )
+        grid = (parts_of(rows, width, tiles), triton.cdiv(width, tiles.block_n))
+        calls.append(Call(norm_backward_parts_kernel, grid, {**shared, **parts}, options))
     return calls
 
 
 def parts_of(rows: int, width: int, tiles: NormTiles) -> int:
     """How many partial rows of the weights' gradients a backward writes."""
-    return min(rows, max(1, tiles.programs // triton.cdiv(width, tiles.block_n)))
+    chunks = -(-width // tiles.block_n)
+    return min(rows, max(1, tiles.programs // chunks))
 
 
 def column_sum_call(parts: torch.Tensor, total: torch.Tensor) -> Call:

@@ -192,9 +192,7 @@ def norm_forward_wide_kernel(
             ).to(tl.float32)  # fmt: skip
             if mean is not None:
                 x -= row_mean
-            result = scaled(
-                x * row_rstd, load_parameter(weight, columns, WIDTH), load_parameter(bias, columns, WIDTH)
-            )
+            result = scaled(x * row_rstd, load_parameter(weight, columns, WIDTH), load_parameter(bias, columns, WIDTH))
             result = result.to(normalized.dtype.element_ty)
             tl.store(normalized + row * width + columns, result, mask=columns < WIDTH)
 

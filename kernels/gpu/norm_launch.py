@@ -23,6 +23,7 @@ class NormRow:
     width: int
     num_warps: int
     reason: str
+    drops: bool = True  # serves dropout too
 
 
 NORM_FORWARD = (
@@ -30,7 +31,7 @@ NORM_FORWARD = (
     NormRow(1024, 2, "16 elements a thread; more programs in flight hide more of the memory's latency than wider ones"),
     NormRow(2048, 4, "16 elements a thread"),
     NormRow(8192, 8, "up to 32 elements a thread, with weight and bias 96 registers"),
-    NormRow(16384, 16, "32 elements a thread; the widest row whose registers 2 programs a processor still fit"),
+    NormRow(16384, 16, "32 elements a thread, all of their 128 registers; with dropout they spill", drops=False),
 )
 NORM_BACKWARD = (
     NormRow(256, 1, "8 elements a thread, each with 5 float32 values that live through the loop"),
@@ -46,9 +47,10 @@ FORWARD_WARPS = 32
 BACKWARD_WARPS = 16
 
 
-def norm_forward_tiles(device: Device, width: int) -> NormTiles:
+def norm_forward_tiles(device: Device, width: int, drops: bool = False) -> NormTiles:
     """The launch parameters of the forward for rows of `width` elements; wider ones than block_n go in chunks."""
-    return _norm_tiles(NORM_FORWARD, FORWARD_WARPS, device, width)
+    table = tuple(row for row in NORM_FORWARD if row.drops or not drops)
+    return _norm_tiles(table, FORWARD_WARPS, device, width)
 
 
 def norm_backward_tiles(device: Device, width: int) -> NormTiles:

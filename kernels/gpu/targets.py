@@ -79,8 +79,7 @@ def target_of(architecture: str) -> Target:
     name = NEAREST.get(architecture, architecture)
     if name not in TARGETS:
         raise ValueError(
-            f"the GPU's architecture is {architecture}; the Triton kernels serve "
-            f"{', '.join([*TARGETS, *NEAREST])}"
+            f"the GPU's architecture is {architecture}; the Triton kernels serve {', '.join([*TARGETS, *NEAREST])}"
         )
     return TARGETS[name]
 

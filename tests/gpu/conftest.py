@@ -18,19 +18,15 @@ if importlib.util.find_spec("triton") is None:
 
 
 class Interpreter:
-    """`trilby.kernels.gpu` in a process of its own: `interpreter.attention(...)` calls and returns as here.
+    """`trilby.kernels.gpu` in a process of its own: `interpreter.attention(...)` calls and returns as here."""
 
-    `mutation` (module, old text, new text) puts one deliberate mistake into a kernel.
-    """
-
-    def __init__(self, mutation: tuple[str, str, str] | None = None) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        send(self._process.stdin, mutation)
         self.faults = receive(self._process.stdout)
 
     def __getattr__(self, name: str):
@@ -58,17 +54,15 @@ def interpreter():
 
 
 @pytest.fixture
-def mutant():
-    """A function that starts an interpreter of kernels with one mistake in them."""
-    started = []
+def mutant(interpreter):
+    """A function that puts one mistake into the interpreted kernels, until the test ends."""
 
-    def start(module: str, old: str, new: str) -> Interpreter:
-        started.append(Interpreter((f"trilby.kernels.gpu.{module}", old, new)))
-        return started[-1]
+    def mutate(module: str, old: str, new: str) -> Interpreter:
+        interpreter.mutate((f"trilby.kernels.gpu.{module}", old, new))
+        return interpreter
 
-    yield start
-    for one in started:
-        one.close()
+    yield mutate
+    interpreter.mutate()
 
 
 class Device:

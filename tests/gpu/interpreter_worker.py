@@ -19,7 +19,6 @@ import triton.language as tl
 from gpu.messages import receive, send
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-
 # ---- What the interpreter must get right before its numbers mean anything ----
 
 
@@ -87,43 +86,59 @@ def repair() -> None:
 class MutantFinder(importlib.abc.MetaPathFinder):
     """Imports one module from a source in which one piece of text is replaced."""
 
-    def __init__(self, module: str, old: str, new: str) -> None:
-        self.module, self.old, self.new = module, old, new
-        self.folder = tempfile.mkdtemp()
+    def __init__(self, folder: str, module: str, old: str, new: str) -> None:
+        self.folder, self.module, self.old, self.new = folder, module, old, new
 
     def find_spec(self, name, path=None, target=None):
         if name != self.module:
             return None
         source = Path(importlib.machinery.PathFinder.find_spec(name, path).origin).read_text()
         if self.old not in source:
-            raise AssertionError(f"{self.module} has no {self.old!r} to mutate")
-        mutant = Path(self.folder, name.rpartition(".")[2] + ".py")
+            raise ImportError(f"{self.module} has no {self.old!r} to mutate")
+        mutant = Path(tempfile.mkdtemp(dir=self.folder), name.rpartition(".")[2] + ".py")
         mutant.write_text(source.replace(self.old, self.new))
         return importlib.util.spec_from_file_location(name, mutant)
+
+
+def load_kernels(*finders):
+    """trilby.kernels.gpu, imported anew through `finders`."""
+    for name in [name for name in sys.modules if name.startswith("trilby.kernels.gpu")]:
+        del sys.modules[name]
+    sys.meta_path[:0] = finders
+    try:
+        return importlib.import_module("trilby.kernels.gpu")
+    finally:
+        del sys.meta_path[: len(finders)]
+
+
+def serve(requests, replies, folder: str) -> None:
+    """Answer until the tests end: a name calls a kernel, "mutate" puts a mistake into one, or takes it out again."""
+    gpu = load_kernels()
+    while True:
+        try:
+            name, arguments, options = receive(requests)
+        except EOFError:
+            return
+        try:
+            if name == "mutate":
+                gpu = load_kernels(*(MutantFinder(folder, *mutation) for mutation in arguments))
+                result = None
+            else:
+                result = getattr(gpu, name)(*arguments, **options)
+        except Exception as error:
+            result = error if type(error).__module__ == "builtins" else RuntimeError(repr(error))
+        send(replies, result)
 
 
 def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not mix with the replies
     torch.set_num_threads(1)
-    mutation = receive(requests)
-    if mutation is not None:
-        sys.meta_path.insert(0, MutantFinder(*mutation))
     before = faults()
     repair()
     send(replies, {"before": before, "after": faults()})
-
-    from trilby.kernels import gpu
-
-    while True:
-        try:
-            name, arguments, options = receive(requests)
-        except EOFError:  # the tests have ended
-            return
-        try:
-            send(replies, getattr(gpu, name)(*arguments, **options))
-        except Exception as error:
-            send(replies, error if type(error).__module__ == "builtins" else RuntimeError(repr(error)))
+    with tempfile.TemporaryDirectory() as folder:
+        serve(requests, replies, folder)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,16 @@ def assert_exact(kernels, query, key, value, grad_output, is_causal=False, scale
         assert_as_exact_as(one, other, true, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("T", "S"), [(16, 16), (32, 32), (70, 70), (33, 90), (90, 33), (17, 65)])
-def test_lengths(kernels, T, S, is_causal, dtype):
-    assert_exact(kernels, *inputs(1, 2, 2, T, S, 16, dtype=dtype), is_causal)
+def test_lengths(kernels, T, S, is_causal):
+    assert_exact(kernels, *inputs(1, 1, 1, T, S, 16), is_causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_half_precision(kernels, is_causal, dtype):
+    assert_exact(kernels, *inputs(1, 2, 2, 40, 40, 32, dtype=dtype), is_causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -73,7 +78,7 @@ def test_tiles_wider_than_high(kernels, is_causal):
 
 
 def test_the_tiles_of_the_table(kernels):
-    assert_exact(kernels, *inputs(1, 1, 1, 130, 130, 64, dtype=torch.bfloat16), True, tiles=None)
+    assert_exact(kernels, *inputs(1, 1, 1, 100, 100, 64, dtype=torch.bfloat16), True, tiles=None)
 
 
 @pytest.mark.parametrize("D", [16, 40, 64, 80, 96, 128, 256, 5])
@@ -88,7 +93,7 @@ def test_value_head_dim_may_differ(kernels, D, Dv):
 
 @pytest.mark.parametrize(("H", "Hkv"), [(4, 2), (6, 2), (3, 1)])
 def test_query_heads_share_key_heads(kernels, H, Hkv):
-    assert_exact(kernels, *inputs(2, H, Hkv, 33, 33, 16), is_causal=True)
+    assert_exact(kernels, *inputs(1, H, Hkv, 20, 20, 16), is_causal=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0, -0.5])
@@ -134,7 +139,7 @@ def dims_outside(tensor):
 )
 @pytest.mark.parametrize("position", [0, 1, 2, 3], ids=["query", "key", "value", "grad_output"])
 def test_any_strides(kernels, layout, position):
-    tensors = list(inputs(2, 2, 2, 33, 33, 16))
+    tensors = list(inputs(2, 2, 2, 17, 17, 16))
     tensors[position] = layout(tensors[position])
     copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     ours = gradients(kernels, *tensors, True, 0.25)
@@ -143,7 +148,7 @@ def test_any_strides(kernels, layout, position):
 
 
 def test_twice_the_same_bits(kernels):
-    tensors = inputs(2, 4, 2, 70, 70, 32, dtype=torch.float16)
+    tensors = inputs(1, 2, 1, 40, 40, 32, dtype=torch.float16)
     first, second = (gradients(kernels, *tensors, True, 0.2) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
@@ -175,17 +180,18 @@ def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "old", "new"),
+    ("mistake", "module", "old", "new"),
     [
-        ("the scale of grad_key is dropped", "(grad_key_tile * scale)", "(grad_key_tile)"),
-        ("the scale of grad_query is dropped", "(grad_query_tile * scale)", "(grad_query_tile)"),
-        ("the mask is one query late", "keys[:, None] <= rows[None, :]", "keys[:, None] < rows[None, :]"),
-        ("delta is left out", "tl.sum(product, 1)", "tl.sum(product, 1) * 0"),
-        ("the last queries are left out", "+ (end_of_full < q_len).to(tl.int32)", ""),
-        ("only one head of a group is heard", "group * masked_tiles", "masked_tiles"),
+        ("the scale of grad_key is dropped", "_key_value", "(grad_key_tile * scale)", "(grad_key_tile)"),
+        ("the scale of grad_query is dropped", "_query", "(grad_query_tile * scale)", "(grad_query_tile)"),
+        ("the mask is late", "_key_value", "keys[:, None] <= rows[None, :]", "keys[:, None] < rows[None, :]"),
+        ("the mask is early", "_query", "keys[None, :] <= rows[:, None]", "keys[None, :] <= rows[:, None] + 1"),
+        ("delta is left out", "", "tl.sum(product, 1)", "tl.sum(product, 1) * 0"),
+        ("the last queries are left out", "_key_value", "+ (end_of_full < q_len).to(tl.int32)", ""),
+        ("one head of a group is heard", "_key_value", "group * masked_tiles", "masked_tiles"),
     ],
 )
-def test_mistakes_are_seen(mutant, mistake, old, new):
-    wrong = mutant("attention_backward", old, new)
+def test_mistakes_are_seen(mutant, mistake, module, old, new):
+    wrong = mutant("attention_backward" + module, old, new)
     with pytest.raises(AssertionError, match="error"):
         assert_exact(wrong, *inputs(1, 2, 1, 33, 33, 16), is_causal=True)

@@ -34,11 +34,16 @@ def assert_exact(kernels, query, key, value, is_causal=False, scale=None, tiles=
     assert_as_exact_as(logsumexp, float32_logsumexp, true_logsumexp, "logsumexp")
 
 
+def assert_exact_with_and_without_mask(kernels, query, key, value):
+    for is_causal in (True, False):
+        assert_exact(kernels, query, key, value, is_causal)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (16, 16), (33, 33), (70, 70), (33, 90), (90, 33), (1, 65)])
 def test_lengths(kernels, T, S, is_causal, dtype):
-    assert_exact(kernels, *inputs(1, 2, 2, T, S, 16, dtype=dtype), is_causal)
+    assert_exact(kernels, *inputs(1, 1, 1, T, S, 16, dtype=dtype), is_causal)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -63,7 +68,7 @@ def test_value_head_dim_may_differ(kernels, D, Dv):
 
 @pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (4, 2), (6, 2), (3, 1)])
 def test_query_heads_share_key_heads(kernels, H, Hkv):
-    assert_exact(kernels, *inputs(2, H, Hkv, 33, 33, 16), is_causal=True)
+    assert_exact(kernels, *inputs(1, H, Hkv, 20, 20, 16), is_causal=True)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ LAYOUTS = [contiguous, heads_inside, sliced, every_second_dim, dims_outside, one
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["query", "key", "value"])
 def test_any_strides(kernels, layout, position):
-    tensors = list(inputs(2, 2, 2, 33, 33, 16))
+    tensors = list(inputs(2, 2, 2, 17, 17, 16))
     tensors[position] = layout(tensors[position])
     copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     ours = kernels.attention(*tensors, True, 0.25, tiles=SMALL)
@@ -167,7 +172,7 @@ def test_rows_whose_first_tiles_score_minus_infinity(kernels):
 
 
 def test_twice_the_same_bits(kernels):
-    tensors = inputs(2, 2, 1, 70, 70, 32, dtype=torch.float16)
+    tensors = inputs(1, 2, 1, 40, 40, 32, dtype=torch.float16)
     first, second = (kernels.attention(*tensors, True, 0.2, tiles=SMALL) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -204,5 +209,4 @@ def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
 def test_mistakes_are_seen(mutant, mistake, old, new):
     wrong = mutant("attention_forward", old, new)
     with pytest.raises(AssertionError, match="error"):
-        for is_causal in (True, False):
-            assert_exact(wrong, *inputs(1, 1, 1, 33, 33, 16), is_causal)
+        assert_exact_with_and_without_mask(wrong, *inputs(1, 1, 1, 33, 33, 16))

@@ -68,11 +68,11 @@ def test_lengths_1_to_512_take_at_most_4_compilations(head_dim):
 
 def test_a_new_batch_compiles_no_new_norm():
     def forward(rows):
-        input = torch.empty(rows, 768, dtype=HALF, device="meta")
+        batch = torch.empty(rows, 768, dtype=HALF, device="meta")
         statistics = torch.empty(rows, device="meta")
         tiles = norm_launch.norm_forward_tiles(Device(TARGETS["sm_90"], 132), 768)
-        results = NormResults(input, None, statistics, statistics)
-        return norm_forward_call(input, None, (None, None), Dropout(None, 0.0), 1e-5, results, tiles)
+        results = NormResults(batch, None, statistics, statistics)
+        return norm_forward_call(batch, None, (None, None), Dropout(None, 0.0), 1e-5, results, tiles)
 
     assert len(variants(map(forward, (1, 2, 15, 16, 1000, 10**6)))) == 1
 

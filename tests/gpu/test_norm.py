@@ -12,35 +12,35 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def inputs(*shape, dtype=torch.float32, parameter_dtype=None, seed=0):
-    """Random input of `shape` around 1, so that means are not near 0, and weight and bias of its last dimension."""
+    """Random rows of `shape` around 1, so that means are not near 0, and weight and bias of its last dimension."""
     generator = torch.Generator().manual_seed(seed)
-    input = (1 + torch.randn(shape, generator=generator)).to(dtype)
+    rows = (1 + torch.randn(shape, generator=generator)).to(dtype)
     weight = torch.randn(shape[-1], generator=generator).to(parameter_dtype or dtype)
     bias = torch.randn(shape[-1], generator=generator).to(parameter_dtype or dtype)
-    return input, weight, bias
+    return rows, weight, bias
 
 
 def doubled(tensor):
     return None if tensor is None else tensor.double()
 
 
-def rival_norm(input, weight, bias, centered, eps):
-    """PyTorch's own, or its formula in input's dtype for what PyTorch's own refuses."""
-    if weight is not None and weight.dtype != input.dtype and not (centered and weight.dtype == torch.float32):
-        return reference.norm(input, weight, bias, 1, centered, eps)[0]
+def rival_norm(rows, weight, bias, centered, eps):
+    """PyTorch's own, or its formula in rows's dtype for what PyTorch's own refuses."""
+    if weight is not None and weight.dtype != rows.dtype and not (centered and weight.dtype == torch.float32):
+        return reference.norm(rows, weight, bias, 1, centered, eps)[0]
     if centered:
-        return F.layer_norm(input, input.shape[-1:], weight, bias, eps)
-    return F.rms_norm(input, input.shape[-1:], weight, eps)
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+    return F.rms_norm(rows, rows.shape[-1:], weight, eps)
 
 
-def assert_exact(kernels, input, weight, bias, centered=True, eps=1e-5, tiles=None):
+def assert_exact(kernels, rows, weight, bias, centered=True, eps=1e-5, tiles=None):
     """Ours as exact as PyTorch's, against float64."""
     bias = bias if centered else None
-    output, mean, rstd = kernels.norm(input, weight, bias, 1, centered, eps, tiles=tiles)
-    truth = reference.norm(input.double(), doubled(weight), doubled(bias), 1, centered, eps)
-    assert output.dtype == input.dtype
-    assert_as_exact_as(output, rival_norm(input, weight, bias, centered, eps), truth[0], "output")
-    statistics = reference.statistics(input, 1, centered, eps)
+    output, mean, rstd = kernels.norm(rows, weight, bias, 1, centered, eps, tiles=tiles)
+    truth = reference.norm(rows.double(), doubled(weight), doubled(bias), 1, centered, eps)
+    assert output.dtype == rows.dtype
+    assert_as_exact_as(output, rival_norm(rows, weight, bias, centered, eps), truth[0], "output")
+    statistics = reference.statistics(rows, 1, centered, eps)
     assert_as_exact_as(mean, statistics[0], truth[1], "mean")
     assert_as_exact_as(rstd, statistics[1], truth[2], "rstd")
 
@@ -66,32 +66,32 @@ def test_wide_rows(kernels, width):
 
 
 def test_a_width_of_one(kernels):
-    input, weight, bias = inputs(5, 1)
-    output, mean, _ = kernels.norm(input, weight, bias, 1, True, 1e-5)
+    rows, weight, bias = inputs(5, 1)
+    output, mean, _ = kernels.norm(rows, weight, bias, 1, True, 1e-5)
     assert torch.equal(output, bias.expand_as(output))
-    assert torch.equal(mean, input.squeeze(-1))
+    assert torch.equal(mean, rows.squeeze(-1))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (2, 1, 2, 2, 6)])
 def test_ranks(kernels, shape):
-    input, weight, bias = inputs(*shape)
-    assert_exact(kernels, input, weight, bias)
-    assert kernels.norm(input, weight, bias, 1, True, 1e-5)[2].shape == shape[:-1]
+    rows, weight, bias = inputs(*shape)
+    assert_exact(kernels, rows, weight, bias)
+    assert kernels.norm(rows, weight, bias, 1, True, 1e-5)[2].shape == shape[:-1]
 
 
 def test_several_normalized_dimensions(kernels):
-    input = inputs(4, 3, 8)[0]
+    rows = inputs(4, 3, 8)[0]
     weight, bias = inputs(3, 8)[0], inputs(3, 8, seed=1)[0]
-    output, mean, _ = kernels.norm(input, weight, bias, 2, True, 1e-5)
-    truth = reference.norm(input.double(), weight.double(), bias.double(), 2, True, 1e-5)
-    assert_as_exact_as(output, F.layer_norm(input, (3, 8), weight, bias), truth[0], "output")
+    output, mean, _ = kernels.norm(rows, weight, bias, 2, True, 1e-5)
+    truth = reference.norm(rows.double(), weight.double(), bias.double(), 2, True, 1e-5)
+    assert_as_exact_as(output, F.layer_norm(rows, (3, 8), weight, bias), truth[0], "output")
     assert mean.shape == (4,)
 
 
 @pytest.mark.parametrize("present", [(False, False), (True, False), (False, True)])
 def test_weight_and_bias_are_optional(kernels, present):
-    input, weight, bias = inputs(3, 40)
-    assert_exact(kernels, input, weight if present[0] else None, bias if present[1] else None)
+    rows, weight, bias = inputs(3, 40)
+    assert_exact(kernels, rows, weight if present[0] else None, bias if present[1] else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -102,14 +102,14 @@ def test_parameters_may_be_float32(kernels, centered, dtype):
 
 @pytest.mark.parametrize("tiles", [None, CHUNKS])
 def test_rows_far_from_zero(kernels, tiles):
-    input, weight, bias = inputs(5, 768)
-    assert_exact(kernels, input + 1e6, weight, bias, tiles=tiles)
+    rows, weight, bias = inputs(5, 768)
+    assert_exact(kernels, rows + 1e6, weight, bias, tiles=tiles)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_no_rows(kernels, shape):
-    input, weight, bias = inputs(*shape)
-    output, mean, rstd = kernels.norm(input, weight, bias, 1, True, 1e-5)
+    rows, weight, bias = inputs(*shape)
+    output, mean, rstd = kernels.norm(rows, weight, bias, 1, True, 1e-5)
     assert output.shape == shape
     assert mean.shape == rstd.shape == shape[:-1]
 
@@ -127,18 +127,18 @@ def test_no_rows(kernels, shape):
     ids=["transposed", "every second column", "half of a row", "one row", "one column", "unaligned"],
 )
 def test_any_strides(kernels, layout):
-    input, weight, bias = inputs(6, 40)
-    ours = kernels.norm(layout(input), weight, bias, 1, True, 1e-5)
-    expected = kernels.norm(layout(input).contiguous(), weight, bias, 1, True, 1e-5)
+    rows, weight, bias = inputs(6, 40)
+    ours = kernels.norm(layout(rows), weight, bias, 1, True, 1e-5)
+    expected = kernels.norm(layout(rows).contiguous(), weight, bias, 1, True, 1e-5)
     assert all(torch.equal(one, other) for one, other in zip(ours, expected))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_row(kernels, poison):
-    input, weight, bias = inputs(3, 40)
-    input[1, 7] = poison
-    output = kernels.norm(input, weight, bias, 1, True, 1e-5)[0]
-    assert torch.equal(output.isnan(), F.layer_norm(input, (40,), weight, bias).isnan())
+    rows, weight, bias = inputs(3, 40)
+    rows[1, 7] = poison
+    output = kernels.norm(rows, weight, bias, 1, True, 1e-5)[0]
+    assert torch.equal(output.isnan(), F.layer_norm(rows, (40,), weight, bias).isnan())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

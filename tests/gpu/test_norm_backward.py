@@ -34,11 +34,11 @@ def rival_gradients(summed, grad, weight, bias, centered):
     """PyTorch's, through autograd."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (summed, weight, bias) if tensor is not None]
     present = iter(leaves)
-    input, weight, bias = (None if tensor is None else next(present) for tensor in (summed, weight, bias))
+    rows, weight, bias = (None if tensor is None else next(present) for tensor in (summed, weight, bias))
     if centered:
-        output = F.layer_norm(input, input.shape[-1:], weight, bias, 1e-5)
+        output = F.layer_norm(rows, rows.shape[-1:], weight, bias, 1e-5)
     else:
-        output = F.rms_norm(input, input.shape[-1:], weight, 1e-5)
+        output = F.rms_norm(rows, rows.shape[-1:], weight, 1e-5)
     return torch.autograd.grad(output, leaves, grad)
 
 
@@ -124,9 +124,7 @@ def test_the_sum_and_dropout(kernels, tiles):
     branch, grad_summed = inputs(10, 100, seed=1)[:2]
     seed = torch.tensor([42])
     _, summed, mean, rstd = kernels.add_norm(stream, branch, weight, bias, seed, 1, True, 1e-5, 0.3)
-    ours = kernels.norm_backward(
-        grad, grad_summed, summed, mean, rstd, weight, bias, seed, 1, True, 0.3, tiles=tiles
-    )
+    ours = kernels.norm_backward(grad, grad_summed, summed, mean, rstd, weight, bias, seed, 1, True, 0.3, tiles=tiles)
     options = (seed, 1, True, 0.3)
     rival = reference.norm_backward(
         grad, grad_summed, summed, *reference.statistics(summed, 1, True, 1e-5), weight, bias, *options
