@@ -162,13 +162,15 @@ def attention_backward_key_value_kernel(
 
     # Queries in tiles: those that cross the diagonal are masked, so is one that crosses the end; the rest lie between.
     end_of_full = q_len // BLOCK_M * BLOCK_M
+    has_end = end_of_full < q_len
     if IS_CAUSAL:
+        has_end = has_end & (first_key < q_len)
         first_row = tl.minimum(first_key // BLOCK_M * BLOCK_M, end_of_full)
         first_unmasked = tl.minimum(tl.cdiv(first_key + BLOCK_N - 1, BLOCK_M) * BLOCK_M, end_of_full)
     else:
         first_row = 0
         first_unmasked = 0
-    masked_tiles = (first_unmasked - first_row) // BLOCK_M + (end_of_full < q_len).to(tl.int32)
+    masked_tiles = (first_unmasked - first_row) // BLOCK_M + has_end.to(tl.int32)
     unmasked_tiles = (end_of_full - first_unmasked) // BLOCK_M
 
     grad_key_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
         ("the mask is late", "_key_value", "keys[:, None] <= rows[None, :]", "keys[:, None] < rows[None, :]"),
         ("the mask is early", "_query", "keys[None, :] <= rows[:, None]", "keys[None, :] <= rows[:, None] + 1"),
         ("delta is left out", "", "tl.sum(product, 1)", "tl.sum(product, 1) * 0"),
-        ("the last queries are left out", "_key_value", "+ (end_of_full < q_len).to(tl.int32)", ""),
+        ("the last queries are left out", "_key_value", "+ has_end.to(tl.int32)", ""),
         ("one head of a group is heard", "_key_value", "group * masked_tiles", "masked_tiles"),
     ],
 )
