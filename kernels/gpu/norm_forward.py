@@ -18,15 +18,16 @@ from .dropout import dropout_factors
 from .norm_launch import NormTiles
 from .tile import aligned
 
-NOT_SPECIALIZED = ["stream_stride_m", "branch_stride_m", "rows", "dropout_threshold"]
+# Triton takes an argument named `stream` for its own, so that the kernels' must be named otherwise.
+NOT_SPECIALIZED = ["residual_stream_stride_m", "branch_stride_m", "rows", "dropout_threshold"]
 
 
 @triton.jit
 def load_summed(
-    stream: tl.tensor,  # one row
+    residual_stream: tl.tensor,  # one row
     branch: tl.tensor,  # one row, or None
     seed: tl.tensor,  # [1] int64, or None
-    stream_stride_n: tl.tensor,
+    residual_stream_stride_n: tl.tensor,
     branch_stride_n: tl.tensor,
     row: tl.tensor,
     first_column: tl.tensor,
@@ -35,11 +36,11 @@ def load_summed(
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """BLOCK_N columns of stream + dropout(branch), rounded to their dtype; past the end 0."""
+    """BLOCK_N columns of residual_stream + dropout(branch), rounded to their dtype; past the end 0."""
     columns = first_column + tl.arange(0, BLOCK_N)
     mask = columns < WIDTH
     columns = columns.to(tl.int64)
-    summed = tl.load(stream + columns * stream_stride_n, mask=mask, other=0.0)
+    summed = tl.load(residual_stream + columns * residual_stream_stride_n, mask=mask, other=0.0)
     if branch is not None:
         added = tl.load(branch + columns * branch_stride_n, mask=mask, other=0.0).to(tl.float32)
         if seed is not None:
@@ -79,7 +80,7 @@ def load_parameter(
 # registers between statistics and result.
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_forward_kernel(
-    stream: tl.tensor,  # [M, N]
+    residual_stream: tl.tensor,  # [M, N]
     branch: tl.tensor,  # [M, N], or None
     weight: tl.tensor,  # [N], or None
     bias: tl.tensor,  # [N], or None
@@ -88,8 +89,8 @@ def norm_forward_kernel(
     summed: tl.tensor,  # [M, N], contiguous, or None without branch
     mean: tl.tensor,  # [M] float32, or None for RMS norm
     rstd: tl.tensor,  # [M] float32
-    stream_stride_m: tl.tensor,
-    stream_stride_n: tl.tensor,
+    residual_stream_stride_m: tl.tensor,
+    residual_stream_stride_n: tl.tensor,
     branch_stride_m: tl.tensor,
     branch_stride_n: tl.tensor,
     rows: tl.tensor,  # M
@@ -105,13 +106,14 @@ def norm_forward_kernel(
     mask = columns < WIDTH
     weight_row = load_parameter(weight, columns, WIDTH)
     bias_row = load_parameter(bias, columns, WIDTH)
-    stream_stride_m = aligned(stream_stride_m, ALIGNMENT)
+    residual_stream_stride_m = aligned(residual_stream_stride_m, ALIGNMENT)
     branch_stride_m = aligned(branch_stride_m, ALIGNMENT)
     width = tl.full([], WIDTH, tl.int64)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         x = load_summed(
-            stream + row * stream_stride_m, branch if branch is None else branch + row * branch_stride_m, seed,
-            stream_stride_n, branch_stride_n, row, 0, dropout_threshold, dropout_scale, WIDTH, BLOCK_N,
+            residual_stream + row * residual_stream_stride_m,
+            branch if branch is None else branch + row * branch_stride_m, seed,
+            residual_stream_stride_n, branch_stride_n, row, 0, dropout_threshold, dropout_scale, WIDTH, BLOCK_N,
         )  # fmt: skip
         if summed is not None:
             tl.store(summed + row * width + columns, x, mask=mask)
@@ -132,7 +134,7 @@ def norm_forward_kernel(
 # Memory: as above; the second reading of a row comes from L2 (a row of 65,536 float32 is 256 KiB).
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_forward_wide_kernel(
-    stream: tl.tensor,  # [M, N]
+    residual_stream: tl.tensor,  # [M, N]
     branch: tl.tensor,  # [M, N], or None
     weight: tl.tensor,  # [N], or None
     bias: tl.tensor,  # [N], or None
@@ -141,8 +143,8 @@ def norm_forward_wide_kernel(
     summed: tl.tensor,  # [M, N], contiguous, or None without branch
     mean: tl.tensor,  # [M] float32, or None for RMS norm
     rstd: tl.tensor,  # [M] float32
-    stream_stride_m: tl.tensor,
-    stream_stride_n: tl.tensor,
+    residual_stream_stride_m: tl.tensor,
+    residual_stream_stride_n: tl.tensor,
     branch_stride_m: tl.tensor,
     branch_stride_n: tl.tensor,
     rows: tl.tensor,  # M
@@ -154,18 +156,18 @@ def norm_forward_wide_kernel(
     BLOCK_N: tl.constexpr,  # a chunk
 ) -> None:
     """Normalize rows, each in two passes of chunks; chunks' statistics merge as in Chan, Golub and LeVeque (1983)."""
-    stream_stride_m = aligned(stream_stride_m, ALIGNMENT)
+    residual_stream_stride_m = aligned(residual_stream_stride_m, ALIGNMENT)
     branch_stride_m = aligned(branch_stride_m, ALIGNMENT)
     width = tl.full([], WIDTH, tl.int64)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        stream_row = stream + row * stream_stride_m
+        residual_stream_row = residual_stream + row * residual_stream_stride_m
         branch_row = branch if branch is None else branch + row * branch_stride_m
         row_mean = tl.full([], 0.0, tl.float32)
         squares = tl.full([], 0.0, tl.float32)  # of the deviations from row_mean
         for first_column in tl.range(0, WIDTH, BLOCK_N):
             columns = first_column + tl.arange(0, BLOCK_N)
             x = load_summed(
-                stream_row, branch_row, seed, stream_stride_n, branch_stride_n,
+                residual_stream_row, branch_row, seed, residual_stream_stride_n, branch_stride_n,
                 row, first_column, dropout_threshold, dropout_scale, WIDTH, BLOCK_N,
             )  # fmt: skip
             if summed is not None:
@@ -187,7 +189,7 @@ def norm_forward_wide_kernel(
         for first_column in tl.range(0, WIDTH, BLOCK_N):
             columns = first_column + tl.arange(0, BLOCK_N)
             x = load_summed(
-                stream_row, branch_row, seed, stream_stride_n, branch_stride_n,
+                residual_stream_row, branch_row, seed, residual_stream_stride_n, branch_stride_n,
                 row, first_column, dropout_threshold, dropout_scale, WIDTH, BLOCK_N,
             ).to(tl.float32)  # fmt: skip
             if mean is not None:
@@ -239,7 +241,7 @@ def norm_forward_call(
         kernel=norm_forward_kernel if width <= tiles.block_n else norm_forward_wide_kernel,
         grid=(min(rows, tiles.programs),),
         arguments={
-            "stream": stream,
+            "residual_stream": stream,
             "branch": branch,
             "weight": parameters[0],
             "bias": parameters[1],
@@ -247,7 +249,7 @@ def norm_forward_call(
             "summed": results.summed,
             "mean": results.mean,
             "rstd": results.rstd,
-            **strides("stream", stream, "mn"),
+            **strides("residual_stream", stream, "mn"),
             **strides("branch", stream if branch is None else branch, "mn"),
             **dropout.arguments(),
             "rows": rows,

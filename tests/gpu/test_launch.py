@@ -5,13 +5,19 @@ import sys
 
 import pytest
 import torch
+import triton
 from trilby.kernels.gpu import attention_launch, norm_launch
 from trilby.kernels.gpu.attention import dot_precision
+from trilby.kernels.gpu.attention_backward import BackwardInputs, attention_backward_rows_call
+from trilby.kernels.gpu.attention_backward_key_value import attention_backward_key_value_call
+from trilby.kernels.gpu.attention_backward_query import attention_backward_query_call
 from trilby.kernels.gpu.attention_forward import attention_forward_call
 from trilby.kernels.gpu.compile import source_of
 from trilby.kernels.gpu.matrix import AttentionShape
+from trilby.kernels.gpu.norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
 from trilby.kernels.gpu.norm_forward import Dropout, NormResults, norm_forward_call
 from trilby.kernels.gpu.targets import NEAREST, TARGETS, Device, device_of, target_of
+from triton.backends.compiler import GPUTarget
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 TABLES = (attention_launch.FORWARD, attention_launch.BACKWARD_KEY_VALUE, attention_launch.BACKWARD_QUERY)
@@ -50,31 +56,110 @@ def test_every_row_is_reached(table):
     assert set(table) == set(reached.values())
 
 
-def variants(calls):
-    """The distinct compilations that a series of launches takes, as Triton's own cache counts them."""
-    return {(source_of(call).hash(), tuple(call.options.items())) for call in calls}
+class NoGpu:
+    """As much of a Triton driver as a launch asks before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 40])
-def test_lengths_1_to_512_take_at_most_4_compilations(head_dim):
-    def forward(T):
-        heads = torch.empty(2, T, 12, head_dim, dtype=HALF, device="meta").transpose(1, 2)
-        tiles = attention_launch.attention_forward_tiles(TARGETS["sm_90"], "ieee", HALF, head_dim, T)
-        logsumexp = torch.empty(2, 12, T, device="meta")
-        return attention_forward_call(heads, heads, heads, heads, logsumexp, True, 0.125, tiles, "ieee")
+@pytest.fixture
+def compilations(monkeypatch):
+    """What Triton's own launcher is about to compile, by kernel and key; each is stopped there."""
+    asked = {}
 
-    assert len(variants(map(forward, range(1, 513)))) <= 4
+    def stop(*, fn, compile, **_):
+        asked[fn.name, str(compile["key"])] = compile
+        return True
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", stop)
+    return asked
 
 
-def test_a_new_batch_compiles_no_new_norm():
-    def forward(rows):
-        batch = torch.empty(rows, 768, dtype=HALF, device="meta")
-        statistics = torch.empty(rows, device="meta")
-        tiles = norm_launch.norm_forward_tiles(Device(TARGETS["sm_90"], 132), 768)
-        results = NormResults(batch, None, statistics, statistics)
-        return norm_forward_call(batch, None, (None, None), Dropout(None, 0.0), 1e-5, results, tiles)
+def heads(T, D):
+    return torch.empty(1, T, 2, D, dtype=HALF).transpose(1, 2)
 
-    assert len(variants(map(forward, (1, 2, 15, 16, 1000, 10**6)))) == 1
+
+def forward_call(T, D):
+    tiles = attention_launch.attention_forward_tiles(TARGETS["sm_90"], "ieee", HALF, D, T)
+    tensors = [heads(T, D) for _ in range(4)]
+    return attention_forward_call(*tensors, torch.empty(1, 2, T), True, 0.125, tiles, "ieee")
+
+
+def backward_calls(T, D):
+    launch = attention_launch.attention_backward_tiles(TARGETS["sm_90"], "ieee", HALF, D)
+    statistics = torch.empty(1, 2, T)
+    inputs = BackwardInputs(*(heads(T, D) for _ in range(4)), statistics, statistics, True, 0.125, "ieee")
+    return [
+        attention_backward_rows_call(heads(T, D), heads(T, D), statistics, statistics, statistics, launch.rows),
+        attention_backward_key_value_call(inputs, heads(T, D), heads(T, D), launch.key_value),
+        attention_backward_query_call(inputs, heads(T, D), launch.query),
+    ]
+
+
+def norm_call(rows):
+    batch = torch.empty(rows, 768, dtype=HALF)
+    tiles = norm_launch.norm_forward_tiles(Device(TARGETS["sm_90"], 132), 768)
+    results = NormResults(batch, None, torch.empty(rows), torch.empty(rows))
+    return norm_forward_call(batch, None, (None, None), Dropout(None, 0.0), 1e-5, results, tiles)
+
+
+def norm_backward_launches(rows, width):
+    batch, statistics, weight = torch.empty(rows, width), torch.empty(rows), torch.empty(width)
+    parts = torch.empty(2, width)
+    dropout = Dropout(torch.empty(1, dtype=torch.int64), 0.6)
+    inputs = NormInputs(batch, None, batch, statistics, statistics, weight)
+    tiles = norm_launch.norm_backward_tiles(Device(TARGETS["sm_90"], 132), width)
+    calls = norm_backward_calls(inputs, NormGradients(batch, batch, parts, None), dropout, tiles)
+    return [*calls, column_sum_call(parts, weight)]
+
+
+LAUNCHES = [
+    forward_call(100, 64),
+    forward_call(100, 20),
+    *backward_calls(100, 80),
+    norm_call(6),
+    *norm_backward_launches(6, 1000),
+    *norm_backward_launches(6, 10000),
+]
+
+
+@pytest.mark.parametrize("call", LAUNCHES, ids=lambda call: call.kernel.__name__)
+def test_the_matrix_compiles_what_a_launch_compiles(compilations, call):
+    call.run(torch.device("cpu"))
+    (launched,) = compilations.values()
+    compiled = source_of(call)
+    assert launched["signature"] == compiled.signature
+    assert launched["constants"] == compiled.constants
+    assert {position: hint for position, hint in launched["configs"][0].items() if hint} == compiled.attrs
+
+
+@pytest.mark.parametrize("D", [64, 80, 40, 20])
+def test_lengths_1_to_512_take_at_most_4_compilations(compilations, D):
+    for T in range(1, 513):
+        forward_call(T, D).run(torch.device("cpu"))
+    assert 1 <= len(compilations) <= 4
+
+
+@pytest.mark.parametrize("D", [64, 40])
+def test_the_backward_compiles_once_for_all_lengths(compilations, D):
+    for T in (1, 2, 15, 16, 17, 256, 511, 512):
+        for call in backward_calls(T, D):
+            call.run(torch.device("cpu"))
+    assert len(compilations) == 3
+
+
+def test_a_new_batch_compiles_no_new_norm(compilations):
+    for rows in (1, 2, 15, 16, 1000):
+        norm_call(rows).run(torch.device("cpu"))
+    assert len(compilations) == 1
 
 
 @pytest.mark.parametrize("width", [1, 64, 65, 768, 1000, 8192, 8193, 16384, 16385, 65536])
