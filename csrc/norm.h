@@ -53,11 +53,12 @@ static inline const typename Format::Element* row_at(const Rows& rows, int64_t r
   return static_cast<const typename Format::Element*>(rows.data) + row_offset(rows, row);
 }
 
-// Starts to fetch a step of a row that is read later.
-template <class Element>
+// Starts to fetch a step of a row that is read soon, into the first-level or the second-level cache.
+constexpr int NEAREST = 3, NEAR = 2;
+template <int CACHE, class Element>
 static inline void fetch(const Element* from) {
   constexpr int LINE = 64 / sizeof(Element);
-  for (int i = 0; i < PAIR; i += LINE) __builtin_prefetch(from + i);
+  for (int i = 0; i < PAIR; i += LINE) __builtin_prefetch(from + i, 0, CACHE);
 }
 
 // Streams only what is large, and only to rows that begin on a line of the cache.

@@ -64,14 +64,16 @@ struct Ahead {
   const typename Format::Element *stream, *branch;
 };
 
-template <class Source, class Format, Stores STORES>
+// Without ORIGIN the origin is 0.
+template <class Source, class Format, Stores STORES, bool ORIGIN>
 void normalize(const typename Source::Element* row, const Statistics of, const Weights weights,
                typename Format::Element* normalized, const Ahead<Format> ahead, int64_t width) {
   const float offset = -of.shift * of.rstd;
   walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
-    fetch(ahead.stream + column);
-    if (ahead.branch) fetch(ahead.branch + column);
-    const Pair unit = (load_pair<Source>(row + column, step) - of.origin) * of.rstd + offset;
+    fetch<NEAREST>(ahead.stream + column);
+    if (ahead.branch) fetch<NEAREST>(ahead.branch + column);
+    const Pair element = load_pair<Source>(row + column, step);
+    const Pair unit = (ORIGIN ? element - of.origin : element) * of.rstd + offset;
     const Pair scaled = unit * load_pair<Float32>(weights.weight + column, step) +
                         load_pair<Float32>(weights.bias + column, step);
     store_pair<Format, STORES>(normalized + column, scaled, step);
@@ -101,6 +103,15 @@ class Forward {
   const RowScratch scratch;
   const int64_t begin, end, width;
 
+  template <bool ORIGIN>
+  void normalize_row(int64_t r, const Statistics& of) const {
+    const int64_t soon = smaller(r + 2, end - 1);
+    const Ahead<Format> ahead = {row_at<Format>(call.stream, soon),
+                                 BRANCH ? row_at<Format>(call.branch, soon) : nullptr};
+    normalize<Source, Format, STORES, ORIGIN>(source(r), of, weights,
+                                              static_cast<Element*>(call.normalized) + r * width, ahead, width);
+  }
+
   const typename Source::Element* source(int64_t r) const {
     if constexpr (BRANCH) return scratch.rows[r % 2];
     else return row_at<Format>(call.stream, r);
@@ -124,11 +135,7 @@ class Forward {
     Statistics of = prepare(begin);
     for (int64_t r = begin; r < end; r++) {
       const Statistics next = r + 1 < end ? prepare(r + 1) : of;
-      const int64_t soon = smaller(r + 2, end - 1);
-      const Ahead<Format> ahead = {row_at<Format>(call.stream, soon),
-                                   BRANCH ? row_at<Format>(call.branch, soon) : nullptr};
-      normalize<Source, Format, STORES>(source(r), of, weights, static_cast<Element*>(call.normalized) + r * width,
-                                        ahead, width);
+      of.origin == 0.0f ? normalize_row<false>(r, of) : normalize_row<true>(r, of);
       if constexpr (CENTERED) call.mean[r] = of.origin + of.shift;
       call.rstd[r] = of.rstd;
       of = next;
@@ -144,7 +151,7 @@ void forward(const NormForward& call, const Threads& threads) {
       widened<Format>(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace),
       widened<Format>(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width)};
   const bool streamed = streams<Format>(shape, call.normalized, call.summed);
-  const int64_t rows = norm_task_rows(shape.width);
+  const int64_t rows = norm_task_rows(shape, threads.count);
   deal(ceiling(shape.rows, rows), threads, [&](int64_t task) {
     const int64_t begin = task * rows, end = smaller(begin + rows, shape.rows);
     if (streamed) {
