@@ -3,14 +3,18 @@
 from .attention import scaled_dot_product_attention
 from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .provider import activate, activated, restore
 
 __all__ = [
     "LayerNorm",
     "RMSNorm",
+    "activate",
+    "activated",
     "add_layer_norm",
     "add_rms_norm",
     "keep_memory",
     "layer_norm",
+    "restore",
     "rms_norm",
     "scaled_dot_product_attention",
 ]

@@ -1,0 +1,331 @@
+// trilby as PyTorch's own: kernels for four aten:: operators on CPU tensors, in PyTorch's place from `provide_…` to
+// `withdraw_…`. Their results are PyTorch's to the stride and dtype, and they hand on each call that is PyTorch's to
+// compute: attention by PyTorch's C functions, which lead straight to its kernel; layer norm, for which there are none,
+// by an operator of trilby that kernels/provider.py fills with the kernel that was there before. That takes longer than
+// computing a tiny norm (8 µs against 2), so only norms that no kernel of trilby's can compute take that way.
+#include "bindings.h"
+#include "norm_plan.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::to;
+using trilby::empty;
+using trilby::View;
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// Which calls of attention are worth taking; kernels/attention.py says why.
+struct Limits {
+  int64_t fewest_queries, fewest_multiplications, largest_head_dim;
+} limits;
+
+// What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+[[noreturn]] void throw_pytorchs_error() {
+  const bool told = torch_exception_get_what_without_backtrace;
+  throw std::runtime_error(told ? torch_exception_get_what_without_backtrace() : "PyTorch's kernel refused the call");
+}
+
+bool has_kernel_dtype(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+View view_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+}
+
+bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask) {
+  if (mask || dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  const int64_t B = q[0], H = q[1], T = q[2], D = q[3], S = k[2];
+  if (T < limits.fewest_queries || B * H * T * S * D < limits.fewest_multiplications) return false;
+  if (D > limits.largest_head_dim || k[0] != B || k[3] != D || k[1] == 0 || H % k[1] != 0) return false;
+  for (int d = 0; d < 4; d++) {
+    if (v[d] != k[d]) return false;
+  }
+  return has_kernel_dtype(query) && key.scalar_type() == query.scalar_type() &&
+         value.scalar_type() == query.scalar_type();
+}
+
+trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, bool is_causal,
+                                       std::optional<double> scale) {
+  const auto q = query.sizes(), k = key.sizes();
+  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(q[3])));
+  const trilby::Dtype dtype = trilby::dtype_of(query, "query");
+  return {q[0], q[1], k[1], q[2], k[2], q[3], q[3], dtype, static_cast<float>(factor), is_causal};
+}
+
+// [B, H, T, D] in the memory order (B, T, H, D).
+Tensor empty_heads_inside(const Tensor& like) {
+  const auto sizes = like.sizes();
+  const int64_t H = sizes[1], T = sizes[2], D = sizes[3];
+  return empty({sizes[0], H, T, D}, {T * H * D, D, H * D, 1}, like.scalar_type());
+}
+
+// to[b][j][i] = from[b][i][j], for `batch` matrices of `rows` × `columns`: logsumexp is [B, H, T] here, and (B, T, H)
+// in the memory of PyTorch.
+void transpose(const float* from, int64_t batch, int64_t rows, int64_t columns, float* to) {
+  for (int64_t b = 0; b < batch; b++, from += rows * columns, to += rows * columns) {
+    for (int64_t i = 0; i < rows; i++) {
+      for (int64_t j = 0; j < columns; j++) to[j * rows + i] = from[i * columns + j];
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> pytorchs_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                              double dropout_p, bool is_causal, const Optional& mask,
+                                              std::optional<double> scale) {
+  AtenTensorHandle output = nullptr, logsumexp = nullptr, given = mask ? mask->get() : nullptr;
+  if (aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu(
+          query.get(), key.get(), value.get(), dropout_p, is_causal, mask ? &given : nullptr, scale ? &*scale : nullptr,
+          &output, &logsumexp) != AOTI_TORCH_SUCCESS) {
+    throw_pytorchs_error();
+  }
+  return {Tensor(output), Tensor(logsumexp)};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p,
+                                     bool is_causal, const Optional& mask, std::optional<double> scale) {
+  if (!is_trilbys(query, key, value, dropout_p, mask)) {
+    return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
+  }
+  const Tensor output = torch::stable::empty_like(query);
+  if (output.strides()[3] != 1) return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
+  const trilby::AttentionShape shape = attention_shape(query, key, is_causal, scale);
+  const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
+  const Tensor by_head = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
+  const Tensor logsumexp = empty({B, H, T}, {T * H, 1, H}, ScalarType::Float);
+  trilby::kernels().attention_forward(
+      {shape, view_of(query), view_of(key), view_of(value), view_of(output), by_head.mutable_data_ptr<float>()},
+      trilby::torch_threads());
+  transpose(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                      const Tensor& value, const Tensor& output,
+                                                      const Tensor& logsumexp, double dropout_p, bool is_causal,
+                                                      const Optional& mask, std::optional<double> scale) {
+  if (!is_trilbys(query, key, value, dropout_p, mask) || grad_output.scalar_type() != query.scalar_type()) {
+    AtenTensorHandle gradients[3] = {}, given = mask ? mask->get() : nullptr;
+    if (aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output.get(), query.get(), key.get(), value.get(), output.get(), logsumexp.get(), dropout_p, is_causal,
+            mask ? &given : nullptr, scale ? &*scale : nullptr, &gradients[0], &gradients[1],
+            &gradients[2]) != AOTI_TORCH_SUCCESS) {
+      throw_pytorchs_error();
+    }
+    return {Tensor(gradients[0]), Tensor(gradients[1]), Tensor(gradients[2])};
+  }
+  const trilby::AttentionShape shape = attention_shape(query, key, is_causal, scale);
+  const Tensor by_head = torch::stable::contiguous(logsumexp);
+  const Tensor grad_query = empty_heads_inside(query), grad_key = empty_heads_inside(key),
+               grad_value = empty_heads_inside(value);
+  trilby::kernels().attention_backward(
+      {shape, view_of(query), view_of(key), view_of(value), view_of(output), view_of(grad_output),
+       by_head.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key), view_of(grad_value)},
+      trilby::torch_threads());
+  return {grad_query, grad_key, grad_value};
+}
+
+// ---- layer norm ----------------------------------------------------------------------------------------------------
+
+constexpr trilby::Dropout NO_DROPOUT = {0, 1.0f, 0};
+constexpr trilby::Rows NO_ROWS = {};
+
+// Calls the operator of trilby that holds PyTorch's kernel.
+template <size_t INPUTS>
+std::tuple<Tensor, Tensor, Tensor> pytorchs(const char* name, std::array<StableIValue, INPUTS> stack) {
+  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) throw_pytorchs_error();
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
+}
+
+// The parameters of a norm have its row's size, and one dtype, float32 or the input's.
+bool fits(const Optional& parameter, const Tensor& input, const Sizes& row) {
+  return !parameter ||
+         (std::equal(row.begin(), row.end(), parameter->sizes().begin(), parameter->sizes().end()) &&
+          (parameter->scalar_type() == ScalarType::Float || parameter->scalar_type() == input.scalar_type()));
+}
+
+bool is_trilbys(const Tensor& input, const Sizes& row, const Optional& weight, const Optional& bias) {
+  const auto sizes = input.sizes();
+  return !row.empty() && row.size() <= sizes.size() && std::equal(row.rbegin(), row.rend(), sizes.rbegin()) &&
+         input.numel() > 0 && has_kernel_dtype(input) && fits(weight, input, row) && fits(bias, input, row) &&
+         !(weight && bias && weight->scalar_type() != bias->scalar_type());
+}
+
+trilby::NormShape norm_shape(const Tensor& input, const Sizes& row, const Optional& weight, const Optional& bias,
+                             double eps) {
+  int64_t width = 1;
+  for (const int64_t size : row) width *= size;
+  const trilby::Dtype dtype = trilby::dtype_of(input, "input");
+  const trilby::Dtype weight_dtype =
+      weight ? trilby::dtype_of(*weight, "weight") : (bias ? trilby::dtype_of(*bias, "bias") : dtype);
+  return {input.numel() / width, width, dtype, weight_dtype, true, static_cast<float>(eps)};
+}
+
+// The same elements side by side: the tensor itself, or a copy, as PyTorch makes one.
+Tensor adjacent(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+Optional adjacent(const Optional& tensor) { return tensor ? Optional(adjacent(*tensor)) : std::nullopt; }
+
+const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+trilby::Rows rows_of(const Tensor& contiguous, const trilby::NormShape& shape) {
+  return {const_cast<void*>(contiguous.const_data_ptr()), 1, {shape.rows}, {shape.width}};
+}
+
+Tensor empty_contiguous(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  return empty(sizes, strides, dtype);
+}
+
+template <typename From, typename To>
+Tensor converted(const Tensor& from, ScalarType dtype) {
+  const Tensor to = empty_contiguous({from.sizes().begin(), from.sizes().end()}, dtype);
+  const From* source = from.const_data_ptr<From>();
+  std::transform(source, source + from.numel(), to.mutable_data_ptr<To>(),
+                 [](From element) { return static_cast<To>(static_cast<float>(element)); });
+  return to;
+}
+
+// mean or rstd as PyTorch returns it: in the parameters' dtype, and without parameters in the input's.
+Tensor in_dtype(ScalarType dtype, const Tensor& statistics) {
+  if (dtype == ScalarType::BFloat16) return converted<float, BFloat16>(statistics, dtype);
+  if (dtype == ScalarType::Half) return converted<float, Half>(statistics, dtype);
+  return statistics;
+}
+
+Tensor in_float32(const Tensor& statistics) {
+  const Tensor from = adjacent(statistics);
+  if (from.scalar_type() == ScalarType::BFloat16) return converted<BFloat16, float>(from, ScalarType::Float);
+  if (from.scalar_type() == ScalarType::Half) return converted<Half, float>(from, ScalarType::Float);
+  return from;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, const Optional& weight,
+                                              const Optional& bias, double eps) {
+  if (!is_trilbys(input, row, weight, bias)) {
+    return pytorchs<5>("trilby::pytorch_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
+  }
+  const trilby::NormShape shape = norm_shape(input, row, weight, bias, eps);
+  const Tensor stream = adjacent(input);
+  const Optional scale = adjacent(weight), offset = adjacent(bias);
+  Sizes sizes(input.sizes().begin(), input.sizes().end());
+  const Tensor normalized = empty_contiguous(sizes, input.scalar_type());
+  std::fill(sizes.end() - static_cast<int64_t>(row.size()), sizes.end(), 1);
+  const Tensor mean = empty_contiguous(sizes, ScalarType::Float), rstd = empty_contiguous(sizes, ScalarType::Float);
+  const Tensor workspace = empty({norm_forward_workspace(shape)}, {1}, ScalarType::Float);
+  trilby::kernels().norm_forward({shape, NO_DROPOUT, rows_of(stream, shape), NO_ROWS, data_of(scale), data_of(offset),
+                                  normalized.mutable_data_ptr(), nullptr, mean.mutable_data_ptr<float>(),
+                                  rstd.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>()},
+                                 trilby::torch_threads());
+  const ScalarType kept = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
+  return {normalized, in_dtype(kept, mean), in_dtype(kept, rstd)};
+}
+
+bool is_trilbys_backward(const Tensor& grad_output, const Tensor& input, const Sizes& row, const Tensor& mean,
+                         const Tensor& rstd, const Optional& weight, const Optional& bias,
+                         const std::vector<bool>& wanted) {
+  if (!is_trilbys(input, row, weight, bias) || (wanted[1] && !weight) || (wanted[2] && !bias)) return false;
+  const int64_t rows = norm_shape(input, row, weight, bias, 0.0).rows;
+  return std::equal(grad_output.sizes().begin(), grad_output.sizes().end(), input.sizes().begin(),
+                    input.sizes().end()) &&
+         grad_output.scalar_type() == input.scalar_type() && mean.numel() == rows && rstd.numel() == rows &&
+         has_kernel_dtype(mean) && has_kernel_dtype(rstd);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input, Sizes row,
+                                                       const Tensor& mean, const Tensor& rstd, const Optional& weight,
+                                                       const Optional& bias, std::vector<bool> wanted) {
+  if (!is_trilbys_backward(grad_output, input, row, mean, rstd, weight, bias, wanted)) {
+    const bool mask[3] = {wanted[0], wanted[1], wanted[2]};
+    return pytorchs<8>("trilby::pytorch_layer_norm_backward",
+                       {from(grad_output), from(input), from(row), from(mean), from(rstd), from(weight), from(bias),
+                        from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))});
+  }
+  const trilby::NormShape shape = norm_shape(input, row, weight, bias, 0.0);
+  const Tensor grad = adjacent(grad_output), stream = adjacent(input);
+  const Tensor means = in_float32(mean), inverses = in_float32(rstd);
+  const Optional scale = adjacent(weight);
+  const Tensor grad_input = empty_contiguous({input.sizes().begin(), input.sizes().end()}, input.scalar_type());
+  const Tensor grad_weight = wanted[1] ? empty_contiguous(row, weight->scalar_type()) : Tensor();
+  const Tensor grad_bias = wanted[2] ? empty_contiguous(row, bias->scalar_type()) : Tensor();
+  const Tensor workspace = empty({norm_backward_workspace(shape)}, {1}, ScalarType::Float);
+  trilby::kernels().norm_backward(
+      {shape, NO_DROPOUT, rows_of(grad, shape), NO_ROWS, rows_of(stream, shape), data_of(scale),
+       means.const_data_ptr<float>(), inverses.const_data_ptr<float>(), grad_input.mutable_data_ptr(), nullptr,
+       wanted[1] ? grad_weight.mutable_data_ptr() : nullptr, wanted[2] ? grad_bias.mutable_data_ptr() : nullptr,
+       workspace.mutable_data_ptr<float>()},
+      trilby::torch_threads());
+  return {wanted[0] ? grad_input : Tensor(), grad_weight, grad_bias};
+}
+
+// ---- in PyTorch's place --------------------------------------------------------------------------------------------
+
+std::unique_ptr<StableLibrary> attention_library, norm_library;
+
+std::unique_ptr<StableLibrary> aten() {
+  return std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
+}
+
+void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t largest_head_dim) {
+  limits = {fewest_queries, fewest_multiplications, largest_head_dim};
+  attention_library = aten();
+  attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
+  attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
+}
+
+void provide_layer_norm() {
+  norm_library = aten();
+  norm_library->impl("native_layer_norm", TORCH_BOX(&layer_norm));
+  norm_library->impl("native_layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+void withdraw_attention() { attention_library.reset(); }
+
+void withdraw_layer_norm() { norm_library.reset(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
+  library.def("provide_attention(int fewest_queries, int fewest_multiplications, int largest_head_dim) -> ()");
+  library.def("withdraw_attention() -> ()");
+  library.def("provide_layer_norm() -> ()");
+  library.def("withdraw_layer_norm() -> ()");
+  library.def(
+      "pytorch_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
+      "pytorch_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
+      "Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
+  library.impl("provide_attention", TORCH_BOX(&provide_attention));
+  library.impl("withdraw_attention", TORCH_BOX(&withdraw_attention));
+  library.impl("provide_layer_norm", TORCH_BOX(&provide_layer_norm));
+  library.impl("withdraw_layer_norm", TORCH_BOX(&withdraw_layer_norm));
+}
