@@ -39,8 +39,8 @@ NORM_BACKWARD = (
     NormRow(2048, 8, "8 elements a thread"),
     NormRow(8192, 16, "up to 16 elements a thread: 80 of the 128 registers that 512 threads may have"),
 )
-# A chunk of a row that is wider than its table goes: 8 elements a thread, whatever the chunk's kernel keeps of each.
-WIDE = NormRow(4096, 16, "")
+# A chunk of a row that is wider than its table goes. Of 4096 columns LLVM unrolls the 16 that 65,536 take, and spills.
+WIDE = NormRow(2048, 8, "8 elements a thread, 38 registers")
 # Enough warps on a processor to hide the memory's latency; the backward has half of it, for each program writes
 # its part of the weights' gradient.
 FORWARD_WARPS = 32
