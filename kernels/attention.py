@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
-from .ops import NATIVE
+from .ops import NATIVE, reasons_against_gpu
 from .shortcut import reasons_of_context, short_way
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +77,8 @@ def _reasons(
         yield "a size is zero"
     if devices[0].type == "cpu":
         yield from _reasons_on_cpu(T, B * H * T * S * D)
+    if devices[0].type == "cuda":
+        yield from reasons_against_gpu(devices[0])
 
 
 def _reasons_on_cpu(T: int, multiplications: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 
 from .native import REBUILD
-from .ops import NATIVE, OPERATORS
+from .ops import NATIVE, OPERATORS, reasons_against_gpu
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def _on_cuda(operator: str) -> Service:
         return Service(operator, "cuda", "PyTorch", "trilby has no Triton kernel for it yet")
     if not torch.cuda.is_available():
         return Service(operator, "cuda", "Triton, once there is a GPU", "torch sees no GPU on this machine")
+    for reason in reasons_against_gpu(torch.device("cuda", torch.cuda.current_device())):
+        return Service(operator, "cuda", "PyTorch", reason)
     return Service(operator, "cuda", f"Triton ({torch.cuda.get_device_name()})")
 
 

@@ -6,6 +6,7 @@ An operator is defined here and nowhere else. Its kernels come from three places
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -229,6 +230,20 @@ def _gpu_kernel(name: str) -> Callable[..., Any]:
         return getattr(gpu, name)(*arguments)
 
     return call
+
+
+@lru_cache
+def reasons_against_gpu(device: torch.device) -> tuple[str, ...]:
+    """Why trilby's Triton kernels can't run on the GPU `device`; none: they can."""
+    try:
+        from .gpu.targets import device_of
+
+        device_of(torch.empty(0, device=device), "the tensor")
+    except ModuleNotFoundError as missing:
+        return (f"{missing.name} is not installed",)
+    except ValueError as unknown:
+        return (str(unknown),)
+    return ()
 
 
 def _define(library: Library, operator: Operator) -> None:
