@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.trilby-installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: bench test lint types doctor clean
+.PHONY: bench test lint types compile-matrix doctor clean
 
 bench: $(READY)
 	$(PYTHON) -m trilby.bench
@@ -25,6 +25,10 @@ lint: $(READY)
 types: $(READY)
 	mkdir -p build/types && ln -sfn ../.. build/types/trilby
 	$(PYTHON) -m mypy -p trilby.kernels -p trilby.gpt -p trilby.bench
+
+# Every Triton kernel with every launch, for every GPU that the kernels know: an hour on two cores.
+compile-matrix: $(READY)
+	$(PYTHON) -W error -m trilby.kernels.gpu.matrix
 
 doctor: $(READY)
 	$(PYTHON) -m trilby.kernels
