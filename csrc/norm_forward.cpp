@@ -8,8 +8,8 @@
 // Traffic an element: one read and one write, or two and two with a branch.
 //
 // The statistics take one pass where the row's mean is small beside its deviation, as a residual stream's is: then the
-// sum of squares gives the variance. Otherwise a second pass, in the cache, takes deviations from the mean, so that a
-// mean of 10⁶ costs the variance nothing: they are exact near that mean.
+// sum of squares gives the variance. Otherwise another pass, in the cache, takes deviations from the mean, so that a mean
+// of 10⁶ costs the variance nothing: they are exact near that mean.
 #include "norm.h"
 
 namespace trilby::TRILBY_LEVEL {
@@ -45,13 +45,15 @@ float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 template <class Source, bool CENTERED>
 Statistics statistics(const typename Source::Element* row, int64_t width, float eps) {
-  const Moments of = moments<Source, CENTERED, false>(row, width, 0.0f);
-  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit.
-  if (of.shift * of.shift > 0.25f * of.variance) {
-    const Moments mended = moments<Source, true, true>(row, width, of.shift);
-    return {of.shift, mended.shift, reciprocal_root(mended.variance + eps)};
+  float origin = 0.0f;
+  Moments of = moments<Source, CENTERED, false>(row, width, origin);
+  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit. One pass
+  // mends that; a second one does where a sum of 65,537 elements of 10⁶ was itself off by more than the deviation.
+  for (int passes = 0; passes < 2 && of.shift * of.shift > 0.25f * of.variance; passes++) {
+    origin += of.shift;
+    of = moments<Source, true, true>(row, width, origin);
   }
-  return {0.0f, of.shift, reciprocal_root(of.variance + eps)};
+  return {origin, of.shift, reciprocal_root(of.variance + eps)};
 }
 
 struct Weights {

@@ -142,8 +142,11 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _norm_gradients(ctx: Any, grad_normalized: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor, ...]:
-    """The gradients of stream, branch, weight and bias, by the operator, or differentiably where that is asked for."""
+def _norm_gradients(ctx: Any, grad_normalized: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of stream, branch, weight and bias, by the operator, or differentiably where that is asked for.
+
+    What was saved is taken out once: activation checkpointing computes it for that, and for nothing after it.
+    """
     summed, mean, rstd, weight, bias, seed = ctx.saved_tensors
     normalized_dims, centered, eps, dropout_p = ctx.options
     compute: Callable[..., tuple[Tensor, ...]] = torch.ops.trilby.norm_backward
@@ -155,25 +158,23 @@ def _norm_gradients(ctx: Any, grad_normalized: Tensor | None, grad_summed: Tenso
     grad_stream, grad_branch, grad_weight, grad_bias = compute(
         grad_normalized, grad_summed, summed, mean, rstd, weight, bias, seed, normalized_dims, centered, dropout_p
     )
-    return grad_stream, grad_stream if seed is None else grad_branch, grad_weight, grad_bias
-
-
-def _present(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient
+    return (
+        grad_stream,
+        grad_stream if seed is None else grad_branch,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+    )
 
 
 def _norm_backward(ctx: Any, grad_normalized: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_input, _branch, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, None)
-    weight, bias = ctx.saved_tensors[3:5]
-    return grad_input, _present(grad_weight, weight), _present(grad_bias, bias), None, None, None
+    grad_input, _branch, *of_parameters = _norm_gradients(ctx, grad_normalized, None)
+    return grad_input, *of_parameters, None, None, None
 
 
 def _add_norm_backward(
     ctx: Any, grad_normalized: Tensor | None, grad_summed: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grad_stream, grad_branch, grad_weight, grad_bias = _norm_gradients(ctx, grad_normalized, grad_summed)
-    weight, bias = ctx.saved_tensors[3:5]
-    return grad_stream, grad_branch, _present(grad_weight, weight), _present(grad_bias, bias), *(None,) * 5
+    return *_norm_gradients(ctx, grad_normalized, grad_summed), *(None,) * 5
 
 
 OPERATORS = (
