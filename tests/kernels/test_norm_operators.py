@@ -1,4 +1,4 @@
-"""The operators behind the norms: what torch asks of them, compilation, second derivatives, mistakes that are caught."""
+"""The operators behind the norms: what torch asks of them, compilation, second derivatives, and what is caught."""
 
 from collections.abc import Callable
 
