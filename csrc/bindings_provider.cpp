@@ -167,10 +167,13 @@ bool fits(const Optional& parameter, const Tensor& input, const Sizes& row) {
           (parameter->scalar_type() == ScalarType::Float || parameter->scalar_type() == input.scalar_type()));
 }
 
+// A row of one element is 0 but for how it is rounded, and PyTorch rounds it its own way.
 bool is_trilbys(const Tensor& input, const Sizes& row, const Optional& weight, const Optional& bias) {
   const auto sizes = input.sizes();
-  return !row.empty() && row.size() <= sizes.size() && std::equal(row.rbegin(), row.rend(), sizes.rbegin()) &&
-         input.numel() > 0 && has_kernel_dtype(input) && fits(weight, input, row) && fits(bias, input, row) &&
+  const auto holds_one = [](int64_t size) { return size == 1; };
+  return !std::all_of(row.begin(), row.end(), holds_one) && row.size() <= sizes.size() &&
+         std::equal(row.rbegin(), row.rend(), sizes.rbegin()) && input.numel() > 0 && has_kernel_dtype(input) &&
+         fits(weight, input, row) && fits(bias, input, row) &&
          !(weight && bias && weight->scalar_type() != bias->scalar_type());
 }
 

@@ -118,10 +118,10 @@ ATTENTION = Override(_provide_attention, _withdraw_attention)
 NORM = Override(_provide_norm, _withdraw_norm)
 
 
-def _hold(holder: object) -> None:
+def _hold(holder: object, stacklevel: int) -> None:
     if not NATIVE.loaded:
         message = f"trilby has nothing to activate: {NATIVE.reason}. PyTorch's own kernels run; to mend it: {REBUILD}"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
     ATTENTION.hold(holder)
     NORM.hold(holder)
 
@@ -140,7 +140,7 @@ def activate() -> None:
     Warns:
         RuntimeWarning: If trilby's C++ extension is missing. PyTorch computes everything then, as before.
     """
-    _hold(_FOR_GOOD)
+    _hold(_FOR_GOOD, stacklevel=3)
 
 
 def restore() -> None:
@@ -162,7 +162,7 @@ def activated() -> Iterator[None]:
         RuntimeWarning: If trilby's C++ extension is missing.
     """
     holder = object()
-    _hold(holder)
+    _hold(holder, stacklevel=4)  # past contextlib
     try:
         yield
     finally:
