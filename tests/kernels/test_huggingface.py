@@ -1,0 +1,154 @@
+"""Hugging Face's models with `attn_implementation="trilby"`: as exact as with "sdpa", and truly trilby's."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import assert_as_exact_as
+from torch import Tensor
+from trilby.kernels.ops import NATIVE
+
+# From a checkout, transformers would take our folder kernels/ for Hugging Face's package of that name.
+ROOT = Path(__file__).parents[2]
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+
+transformers = pytest.importorskip("transformers", reason="these need Hugging Face's models: pip install transformers")
+from trilby.kernels import activated, huggingface  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to run: {NATIVE.reason}"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+B, T, VOCABULARY = 4, 80, 97
+
+
+def gpt2() -> transformers.PretrainedConfig:
+    return transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=160, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+
+
+def llama() -> transformers.PretrainedConfig:
+    """With grouped heads."""
+    return transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=160, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+
+
+CONFIGS = (gpt2, llama)
+
+
+def model(config, implementation: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """The same random weights whatever computes attention."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config(), attn_implementation=implementation).to(dtype)
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """How many queries each call had that trilby computed."""
+    queries = []
+    attention = huggingface.scaled_dot_product_attention
+
+    def counting(query: Tensor, *arguments, **options) -> Tensor:
+        queries.append(query.shape[2])
+        return attention(query, *arguments, **options)
+
+    monkeypatch.setattr(huggingface, "scaled_dot_product_attention", counting)
+    return queries
+
+
+def losses_and_gradients(config, implementation: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tokens = torch.randint(VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
+    net = model(config, implementation, dtype)
+    results = net(tokens, labels=tokens)
+    results.loss.backward()
+    return results.loss.detach(), results.logits.detach(), *(p.grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_training_is_as_exact_as_with_sdpa(config, computed):
+    ours = losses_and_gradients(config, "trilby", torch.float32)
+    assert computed == [T, T]
+    rivals = losses_and_gradients(config, "sdpa", torch.float32)
+    truths = losses_and_gradients(config, "sdpa", torch.float64)
+    for i, (our, rival, truth) in enumerate(zip(ours, rivals, truths)):
+        assert_as_exact_as(our, rival, truth, f"result {i}")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_that_of_sdpa(config, side, computed):
+    tokens, mask = torch.randint(3, VOCABULARY, (B, T)), torch.ones(B, T, dtype=torch.int64)
+    for row in range(1, B):
+        mask[row, slice(0, row * 7) if side == "left" else slice(T - row * 7, T)] = 0
+    with torch.no_grad():
+        expected = model(config, "sdpa").eval()(tokens, attention_mask=mask).logits
+        found = model(config, "trilby").eval()(tokens, attention_mask=mask).logits
+    assert computed == []
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_tokens_of_sdpa(config, cache, computed):
+    prompt = torch.randint(3, VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
+
+    def generate(implementation: str) -> Tensor:
+        net = model(config, implementation).eval()
+        return net.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=20,
+            do_sample=False,
+            cache_implementation=cache,
+            disable_compile=True,
+            pad_token_id=0,
+        )
+
+    found = generate("trilby")
+    assert computed == ([T, T] if cache == "dynamic" else computed)
+    assert torch.equal(found, generate("sdpa"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_steps_with_a_cache_are_those_of_the_whole(config):
+    tokens = torch.randint(3, VOCABULARY, (B, T + 3))
+    with torch.no_grad():
+        net = model(config, "trilby").eval()
+        whole = net(tokens).logits
+        part = net(tokens[:, :T], use_cache=True)
+        pieces, cache = [part.logits], part.past_key_values
+        for position in range(T, T + 3):
+            part = net(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            pieces.append(part.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_that_of_sdpa(computed):
+    def dropping() -> transformers.PretrainedConfig:
+        config = gpt2()
+        config.attn_pdrop = 0.5
+        return config
+
+    assert torch.equal(
+        losses_and_gradients(dropping, "trilby", torch.float32)[1],
+        losses_and_gradients(dropping, "sdpa", torch.float32)[1],
+    )
+    assert computed == []
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_unchanged_model_while_trilby_is_activated(config):
+    rivals = losses_and_gradients(config, "sdpa", torch.float32)
+    truths = losses_and_gradients(config, "sdpa", torch.float64)
+    with activated():
+        ours = losses_and_gradients(config, "sdpa", torch.float32)
+    assert not torch.equal(ours[1], rivals[1])
+    for i, (our, rival, truth) in enumerate(zip(ours, rivals, truths)):
+        assert_as_exact_as(our, rival, truth, f"result {i}")
