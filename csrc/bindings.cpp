@@ -32,11 +32,20 @@ trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, c
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
   STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
                   "trilby::attention: sizes of query, key and value do not agree");
-  STD_TORCH_CHECK(k[1] > 0 ? q[1] % k[1] == 0 : q[1] == 0,
-                  "trilby::attention: query has ", q[1], " heads, not a multiple of key's ", k[1]);
+  STD_TORCH_CHECK(k[1] > 0 ? q[1] % k[1] == 0 : q[1] == 0, "trilby::attention: query has ", q[1],
+                  " heads, not a multiple of key's ", k[1]);
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                   "trilby::attention: query, key and value must have one dtype");
   return {q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype_of(query, "query"), static_cast<float>(scale), is_causal};
+}
+
+void check_result(const Tensor& tensor, const Tensor& query, const trilby::AttentionShape& shape, const char* name) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(tensor.dim() == 4 && sizes[0] == shape.batch && sizes[1] == shape.query_heads &&
+                      sizes[2] == shape.query_length && sizes[3] == shape.value_dim,
+                  "trilby::attention_backward: ", name, " must be [B, H, T, Dv]");
+  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), "trilby::attention_backward: ", name,
+                  " must have query's dtype");
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
@@ -45,9 +54,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   Tensor output = empty_heads_inside(B, H, T, shape.value_dim, query.scalar_type());
   Tensor logsumexp = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
-  trilby::kernels().attention_forward({shape, view_of(query), view_of(key), view_of(value), view_of(output),
-                                       logsumexp.mutable_data_ptr<float>()},
-                                      torch_threads());
+  trilby::kernels().attention_forward(
+      {shape, view_of(query), view_of(key), view_of(value), view_of(output), logsumexp.mutable_data_ptr<float>()},
+      torch_threads());
   return {output, logsumexp};
 }
 
@@ -56,7 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
                                                       const Tensor& logsumexp, bool is_causal, double scale) {
   const auto shape = attention_shape(query, key, value, is_causal, scale);
   const int64_t B = shape.batch, S = shape.key_length;
-  STD_TORCH_CHECK(logsumexp.is_contiguous(), "trilby::attention_backward: logsumexp must be contiguous");
+  check_result(grad_output, query, shape, "grad_output");
+  check_result(output, query, shape, "output");
+  STD_TORCH_CHECK(logsumexp.is_contiguous() && logsumexp.scalar_type() == ScalarType::Float &&
+                      logsumexp.numel() == B * shape.query_heads * shape.query_length,
+                  "trilby::attention_backward: logsumexp must be [B, H, T], float32 and contiguous");
   const auto dtype = query.scalar_type();
   Tensor grad_query = empty_heads_inside(B, shape.query_heads, shape.query_length, shape.head_dim, dtype);
   Tensor grad_key = empty_heads_inside(B, shape.key_heads, S, shape.head_dim, dtype);

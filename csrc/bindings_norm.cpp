@@ -144,9 +144,17 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& input, const Optional& wei
   const Weight scale(weight, shape, "weight"), offset(bias, shape, "bias");
   const Results to(input, normalized_dims, centered, false);
   const Tensor workspace = workspace_of(norm_forward_workspace(shape));
-  trilby::kernels().norm_forward({shape, {0, 1.0f, 0}, stream.rows, {}, scale.data(), offset.data(),
-                                  to.normalized.mutable_data_ptr(), nullptr, to.mean.mutable_data_ptr<float>(),
-                                  to.rstd.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>()},
+  trilby::kernels().norm_forward({shape,
+                                  {0, 1.0f, 0},
+                                  stream.rows,
+                                  {},
+                                  scale.data(),
+                                  offset.data(),
+                                  to.normalized.mutable_data_ptr(),
+                                  nullptr,
+                                  to.mean.mutable_data_ptr<float>(),
+                                  to.rstd.mutable_data_ptr<float>(),
+                                  workspace.mutable_data_ptr<float>()},
                                  torch_threads());
   return {to.normalized, to.mean, to.rstd};
 }
@@ -160,11 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm(const Tensor& stream, const 
   const Weight scale(weight, shape, "weight"), offset(bias, shape, "bias");
   const Results to(stream, normalized_dims, centered, true);
   const Tensor workspace = workspace_of(norm_forward_workspace(shape));
-  trilby::kernels().norm_forward({shape, dropout_of(seed, dropout_p), kept.rows, added.rows, scale.data(),
-                                  offset.data(), to.normalized.mutable_data_ptr(), to.summed.mutable_data_ptr(),
-                                  to.mean.mutable_data_ptr<float>(), to.rstd.mutable_data_ptr<float>(),
-                                  workspace.mutable_data_ptr<float>()},
-                                 torch_threads());
+  trilby::kernels().norm_forward(
+      {shape, dropout_of(seed, dropout_p), kept.rows, added.rows, scale.data(), offset.data(),
+       to.normalized.mutable_data_ptr(), to.summed.mutable_data_ptr(), to.mean.mutable_data_ptr<float>(),
+       to.rstd.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>()},
+      torch_threads());
   return {to.normalized, to.summed, to.mean, to.rstd};
 }
 
@@ -180,13 +188,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad_norm
   const NormShape shape = norm_shape(summed, weight, bias, normalized_dims, centered, 0.0);
   check_like(grad_normalized, summed, "grad_normalized");
   if (grad_summed) check_like(*grad_summed, summed, "grad_summed");
-  STD_TORCH_CHECK(rstd.is_contiguous() && rstd.numel() == shape.rows && dtype_of(rstd, "rstd") == trilby::Dtype::float32,
-                  "trilby: rstd must be one float32 a row, contiguous");
+  STD_TORCH_CHECK(
+      rstd.is_contiguous() && rstd.numel() == shape.rows && dtype_of(rstd, "rstd") == trilby::Dtype::float32,
+      "trilby: rstd must be one float32 a row, contiguous");
   STD_TORCH_CHECK(!centered || (mean.is_contiguous() && mean.numel() == shape.rows &&
                                 dtype_of(mean, "mean") == trilby::Dtype::float32),
                   "trilby: mean must be one float32 a row, contiguous");
   const Operand sums(summed, normalized_dims), grad(grad_normalized, normalized_dims);
-  const std::optional<Operand> more = grad_summed ? std::optional<Operand>({*grad_summed, normalized_dims}) : std::nullopt;
+  const std::optional<Operand> more =
+      grad_summed ? std::optional<Operand>({*grad_summed, normalized_dims}) : std::nullopt;
   const Weight scale(weight, shape, "weight");
   const ScalarType dtype = summed.scalar_type();
   const Dropout dropout = dropout_of(seed, dropout_p);

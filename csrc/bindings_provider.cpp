@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> pytorchs(const char* name, std::array<StableI
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
-// The parameters of a norm have its row's size, and one dtype, float32 or the input's.
+// The parameters of a norm have its row's size, and float32 or the input's dtype.
 bool fits(const Optional& parameter, const Tensor& input, const Sizes& row) {
   return !parameter ||
          (std::equal(row.begin(), row.end(), parameter->sizes().begin(), parameter->sizes().end()) &&
@@ -174,7 +174,7 @@ bool is_trilbys(const Tensor& input, const Sizes& row, const Optional& weight, c
   return !std::all_of(row.begin(), row.end(), holds_one) && row.size() <= sizes.size() &&
          std::equal(row.rbegin(), row.rend(), sizes.rbegin()) && input.numel() > 0 && has_kernel_dtype(input) &&
          fits(weight, input, row) && fits(bias, input, row) &&
-         !(weight && bias && weight->scalar_type() != bias->scalar_type());
+         (!bias || bias->scalar_type() == (weight ? *weight : input).scalar_type());
 }
 
 trilby::NormShape norm_shape(const Tensor& input, const Sizes& row, const Optional& weight, const Optional& bias,
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
                                   normalized.mutable_data_ptr(), nullptr, mean.mutable_data_ptr<float>(),
                                   rstd.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>()},
                                  trilby::torch_threads());
-  const ScalarType kept = weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
+  const ScalarType kept = (weight ? *weight : input).scalar_type();
   return {normalized, in_dtype(kept, mean), in_dtype(kept, rstd)};
 }
 

@@ -66,8 +66,8 @@ struct Dropout {
   uint64_t seed;
 };
 
-// All but `stream` and `branch` are contiguous. Null where absent: branch and summed (without a residual branch), weight,
-// bias, mean (of an RMS norm).
+// All but `stream` and `branch` are contiguous. Null where absent: branch and summed (without a residual branch),
+// weight, bias, mean (of an RMS norm).
 struct NormForward {
   NormShape shape;
   Dropout dropout;

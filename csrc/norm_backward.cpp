@@ -80,7 +80,8 @@ void input_gradients(const Row<Format> row, const Row<Format> ahead, const Means
     store_pair<Format, STORES>(to.stream + column, gradient, step);
     if (to.branch) {
       const Pair factors = load_in_order<Float32>(to.factors + column, step);
-      store_pair<Format, STORES>(to.branch + column, gradient * to_pair_order<Format, decltype(step)>(factors, step), step);
+      store_pair<Format, STORES>(to.branch + column, gradient * to_pair_order<Format, decltype(step)>(factors, step),
+                                 step);
     }
   });
 }
@@ -98,9 +99,9 @@ void backward_rows(const NormBackward& call, const float* weight, const WeightGr
     Means next = means;
     if (r + 1 < end) next = add_weight_gradients<Format, CENTERED>(Row<Format>(call, r + 1), weight, sums, width);
     if (call.grad_branch) dropout_factors(call.dropout, r, width, scratch.factors);
-    const InputGradients<Format> to = {
-        static_cast<Element*>(call.grad_stream) + r * width,
-        call.grad_branch ? static_cast<Element*>(call.grad_branch) + r * width : nullptr, scratch.factors};
+    const InputGradients<Format> to = {static_cast<Element*>(call.grad_stream) + r * width,
+                                       call.grad_branch ? static_cast<Element*>(call.grad_branch) + r * width : nullptr,
+                                       scratch.factors};
     const Row<Format> ahead(call, smaller(r + 2, end - 1));
     input_gradients<Format, STORES>(Row<Format>(call, r), ahead, means, weight, to, width);
     means = next;

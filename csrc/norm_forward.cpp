@@ -1,4 +1,5 @@
-// Layer norm and RMS norm, forward, on one instruction-set level; with a residual branch, dropped out or not, added first.
+// Layer norm and RMS norm, forward, on one instruction-set level; with a residual branch, dropped out or not, added
+// first.
 //
 //     summed = stream + dropout(branch)                        only with a branch
 //     normalized = (summed - mean) · rstd · weight + bias      mean = 0 for an RMS norm
@@ -8,8 +9,8 @@
 // Traffic an element: one read and one write, or two and two with a branch.
 //
 // The statistics take one pass where the row's mean is small beside its deviation, as a residual stream's is: then the
-// sum of squares gives the variance. Otherwise another pass, in the cache, takes deviations from the mean, so that a mean
-// of 10⁶ costs the variance nothing: they are exact near that mean.
+// sum of squares gives the variance. Otherwise another pass, in the cache, takes deviations from the mean, so that a
+// mean of 10⁶ costs the variance nothing: they are exact near that mean.
 #include "norm.h"
 
 namespace trilby::TRILBY_LEVEL {
@@ -47,8 +48,8 @@ template <class Source, bool CENTERED>
 Statistics statistics(const typename Source::Element* row, int64_t width, float eps) {
   float origin = 0.0f;
   Moments of = moments<Source, CENTERED, false>(row, width, origin);
-  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit. One pass
-  // mends that; a second one does where a sum of 65,537 elements of 10⁶ was itself off by more than the deviation.
+  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit. One
+  // pass mends that; a second one does where a sum of 65,537 elements of 10⁶ was itself off by more than the deviation.
   for (int passes = 0; passes < 2 && of.shift * of.shift > 0.25f * of.variance; passes++) {
     origin += of.shift;
     of = moments<Source, true, true>(row, width, origin);
@@ -76,8 +77,8 @@ void normalize(const typename Source::Element* row, const Statistics of, const W
     if (ahead.branch) fetch<NEAREST>(ahead.branch + column);
     const Pair element = load_pair<Source>(row + column, step);
     const Pair unit = (ORIGIN ? element - of.origin : element) * of.rstd + offset;
-    const Pair scaled = unit * load_pair<Float32>(weights.weight + column, step) +
-                        load_pair<Float32>(weights.bias + column, step);
+    const Pair scaled =
+        unit * load_pair<Float32>(weights.weight + column, step) + load_pair<Float32>(weights.bias + column, step);
     store_pair<Format, STORES>(normalized + column, scaled, step);
   });
 }
@@ -88,7 +89,8 @@ void add_branch(const typename Format::Element* stream, const typename Format::E
                 typename Format::Element* summed, float* row, int64_t width) {
   walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
     Pair added = load_pair<Format>(branch + column, step);
-    if (factors) added = added * to_pair_order<Format, decltype(step)>(load_in_order<Float32>(factors + column, step), step);
+    if (factors)
+      added = added * to_pair_order<Format, decltype(step)>(load_in_order<Float32>(factors + column, step), step);
     const Pair sum = rounded(Format{}, load_pair<Format>(stream + column, step) + added);
     store_pair<Format, STORES>(summed + column, sum, step);
     store_in_order<Float32>(row + column, sum, step);
@@ -115,8 +117,10 @@ class Forward {
   }
 
   const typename Source::Element* source(int64_t r) const {
-    if constexpr (BRANCH) return scratch.rows[r % 2];
-    else return row_at<Format>(call.stream, r);
+    if constexpr (BRANCH)
+      return scratch.rows[r % 2];
+    else
+      return row_at<Format>(call.stream, r);
   }
 
   Statistics prepare(int64_t r) const {

@@ -6,10 +6,10 @@
 
 namespace trilby {
 
-// Backward: rows that share one partial sum of the weight gradients. At 128 rows the partial sums (written and read once:
-// 16 bytes a column) are 1 % of what the rows themselves move (12 bytes an element in fp32), and the pipeline of rows
-// starts anew half as often as at 64: 3 % faster measured at (8192, 768). Fewer rows keep 64 chunks for the threads; more
-// than 128 chunks would make the sums themselves large.
+// Backward: rows that share one partial sum of the weight gradients. At 128 rows the partial sums (written and read
+// once: 16 bytes a column) are 1 % of what the rows themselves move (12 bytes an element in fp32), and the pipeline of
+// rows starts anew half as often as at 64: 3 % faster measured at (8192, 768). Fewer rows keep 64 chunks for the
+// threads; more than 128 chunks would make the sums themselves large.
 static inline int64_t norm_chunk_rows(int64_t rows) {
   int64_t chunk = (rows + 63) / 64;
   if (chunk < 4) chunk = 4;

@@ -1,6 +1,6 @@
 // Two registers of floats at a time, in the order that suits the format of the elements they come from. One register of
-// bf16 holds 2 · LANES elements: a shift makes floats of its even ones, a mask of its odd ones, and their way back needs
-// no shuffle either. That is half the instructions of widening in memory order, on every level.
+// bf16 holds 2 · LANES elements: a shift makes floats of its even ones, a mask of its odd ones, and their way back
+// needs no shuffle either. That is half the instructions of widening in memory order, on every level.
 //
 // A row of floats that goes with a row of elements (weights, sums of gradients, a row added up) therefore lies in "pair
 // order": of every PAIR columns of bf16 first the even and then the odd ones. The columns left at the end of a row, and
@@ -102,9 +102,9 @@ inline Pair load_pair<BFloat16, Whole>(const uint16_t* from, Whole) {
   return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
 }
 
-// Rounded to nearest even in the high half of each lane. A NaN stays one if the low half of its bits is 0: rounding then
-// carries nothing into the high half. Arithmetic on such NaNs and numbers makes no others, so that 2 of 6 instructions
-// are saved by `quieted` where other floats come in.
+// Rounded to nearest even in the high half of each lane. A NaN stays one if the low half of its bits is 0: rounding
+// then carries nothing into the high half. Arithmetic on such NaNs and numbers makes no others, so that 2 of 6
+// instructions are saved by `quieted` where other floats come in.
 static inline Bits high_bfloat16(Vector vector) {
   const Bits bits = (Bits)vector;
   return bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -1,6 +1,6 @@
 // Random words indexed by position: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011), the generator of torch's own GPU kernels. A word depends on the seed and on where it is used and on
-// nothing else, so a mask is never stored: the backward computes it again, and every level, thread count and device
+// 1, 2, 3", SC 2011), the generator of torch's own GPU kernels. A word depends on the seed and on where it is used and
+// on nothing else, so a mask is never stored: the backward computes it again, and every level, thread count and device
 // agrees. reference.py holds the same arithmetic.
 //
 // The word of (plane, row, column), with `group` = column / 64 and `lane` = column % 16:
@@ -70,7 +70,8 @@ static inline void random_words(const RandomKey& key, uint64_t row, uint32_t gro
     Bits counter[4] = {lanes + (group * 16 + static_cast<uint32_t>(first)), Bits{} + static_cast<uint32_t>(row),
                        Bits{} + static_cast<uint32_t>(row >> 32), Bits{} + key.plane};
     philox(counter, key.seed);
-    for (int number = 0; number < 4; number++) __builtin_memcpy(words + number * 16 + first, &counter[number], sizeof(Bits));
+    for (int number = 0; number < 4; number++)
+      __builtin_memcpy(words + number * 16 + first, &counter[number], sizeof(Bits));
   }
 }
 

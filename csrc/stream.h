@@ -1,5 +1,5 @@
-// Stores that pass the cache by: the line is written to memory without being read first, and evicts nothing. Memory must
-// be aligned to the width of the store. What was streamed is visible to other threads after `finish_streaming`.
+// Stores that pass the cache by: the line is written to memory without being read first, and evicts nothing. Memory
+// must be aligned to the width of the store. What was streamed is visible to other threads after `finish_streaming`.
 #pragma once
 
 #include "vector.h"

@@ -130,31 +130,22 @@ struct Float32 {
   static void store_vector(float* to, Vector vector) { store(to, vector); }
 };
 
-struct BFloat16 {
+template <Vector (*WIDEN)(Halves), Halves (*NARROW)(Vector)>
+struct SixteenBits {
   using Element = uint16_t;
   static Vector load_vector(const uint16_t* from) {
     Halves halves;
     __builtin_memcpy(&halves, from, sizeof halves);
-    return from_bfloat16(halves);
+    return WIDEN(halves);
   }
   static void store_vector(uint16_t* to, Vector vector) {
-    const Halves halves = to_bfloat16(vector);
+    const Halves halves = NARROW(vector);
     __builtin_memcpy(to, &halves, sizeof halves);
   }
 };
 
-struct Float16 {
-  using Element = uint16_t;
-  static Vector load_vector(const uint16_t* from) {
-    Halves halves;
-    __builtin_memcpy(&halves, from, sizeof halves);
-    return from_float16(halves);
-  }
-  static void store_vector(uint16_t* to, Vector vector) {
-    const Halves halves = to_float16(vector);
-    __builtin_memcpy(to, &halves, sizeof halves);
-  }
-};
+using BFloat16 = SixteenBits<from_bfloat16, to_bfloat16>;
+using Float16 = SixteenBits<from_float16, to_float16>;
 
 // The first `count` elements, 1 <= count < LANES, the rest 0: nothing past them is read.
 template <class Format>

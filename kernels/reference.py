@@ -255,8 +255,8 @@ def norm_backward(
         dropout_p: From the forward.
 
     Returns:
-        The gradients of stream (or input), branch, weight and bias. That of an absent weight or bias is empty ([0]); so is
-        that of the branch without dropout, when it equals that of the stream.
+        The gradients of stream (or input), branch, weight and bias. That of an absent weight or bias is empty ([0]);
+        so is that of the branch without dropout, when it equals that of the stream.
     """
     unit = _unit(summed, mean, rstd, normalized_dims, centered)
     grad = _computed(grad_normalized)

@@ -352,6 +352,29 @@ def test_a_gradient_penalty_equals_pytorchs_math(level: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"key": torch.randn(1, 2, 5, 9)}, "sizes of query, key and value do not agree"),
+        ({"key": torch.randn(1, 2, 5, 8, 1)}, "query, key and value must be"),
+        ({"key": torch.randn(1, 2, 5, 8).bfloat16()}, "query, key and value must have one dtype"),
+        ({"query": torch.randn(1, 3, 4, 8), "output": torch.randn(1, 3, 4, 8)}, "not a multiple of key's 2"),
+        ({"grad_output": torch.randn(1, 2, 4, 7)}, "grad_output must be"),
+        ({"grad_output": torch.randn(1, 2, 4, 8).bfloat16()}, "grad_output must have query's dtype"),
+        ({"output": torch.randn(1, 2, 3, 8)}, "output must be"),
+        ({"logsumexp": torch.randn(1, 2, 3)}, "logsumexp must be"),
+        ({"logsumexp": torch.randn(1, 2, 4).double()}, "logsumexp must be"),
+    ],
+)
+def test_what_would_be_read_outside_is_refused_by_name(wrong: dict[str, Tensor], message: str) -> None:
+    right = {"grad_output": torch.randn(1, 2, 4, 8), "query": torch.randn(1, 2, 4, 8)}
+    right |= {"key": torch.randn(1, 2, 5, 8), "value": torch.randn(1, 2, 5, 8)}
+    right |= {"output": torch.randn(1, 2, 4, 8), "logsumexp": torch.randn(1, 2, 4)}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.trilby.attention_backward(*(right | wrong).values(), True, 1.0)
+
+
 class TestMutants:
     """Kernels with one mistake each: if the rule lets one pass, it proves nothing."""
 
