@@ -127,6 +127,7 @@ def test_the_steps_with_a_cache_are_those_of_the_whole(config):
         for position in range(T, T + 3):
             part = net(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
             pieces.append(part.logits)
+            cache = part.past_key_values
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -182,21 +182,22 @@ def test_results_of_the_attention_operators_are_laid_out_as_pytorchs(dtype, layo
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
-@pytest.mark.parametrize("parameter_dtype", [None, torch.float32, "input's"], ids=str)
-def test_results_of_the_norm_operators_are_laid_out_as_pytorchs(dtype, mask, parameter_dtype):
-    parameter = (
-        None
-        if parameter_dtype is None
-        else torch.randn(4, 10).to(parameter_dtype if parameter_dtype != "input's" else dtype)
-    )
-    if parameter is None and mask != (True, False, False):
-        return
+@pytest.mark.parametrize("parameters", ["none", "weight", "bias", "both"])
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, "input's"], ids=str)
+def test_results_of_the_norm_operators_are_laid_out_as_pytorchs(dtype, mask, parameters, parameter_dtype):
+    parameter = torch.randn(4, 10).to(dtype if parameter_dtype == "input's" else parameter_dtype)
+    weight = parameter if parameters in ("weight", "both") else None
+    bias = parameter if parameters in ("bias", "both") else None
+    if (weight is None and mask[1]) or (bias is None and mask[2]):
+        return  # nobody asks for the gradient of what is not there
+    if parameters == "bias" and parameter.dtype != dtype:
+        return  # PyTorch's kernel has no backward for it, and it is PyTorch's to compute
     stream = torch.randn(6, 9, 4, 10).to(dtype).transpose(0, 1)
 
     def run() -> list[tuple]:
-        output, mean, rstd = aten.native_layer_norm(stream, (4, 10), parameter, parameter, 1e-5)
+        output, mean, rstd = aten.native_layer_norm(stream, (4, 10), weight, bias, 1e-5)
         gradients = aten.native_layer_norm_backward(
-            torch.randn_like(output), stream, (4, 10), mean, rstd, parameter, parameter, mask
+            torch.randn_like(output), stream, (4, 10), mean, rstd, weight, bias, mask
         )
         return description((output, mean, rstd, *gradients))
 
@@ -300,6 +301,12 @@ REFUSED = {
     "no dimension": lambda: F.layer_norm(torch.randn(2, 3), ()),
     "integers": lambda: F.layer_norm(torch.ones(2, 3, dtype=torch.int64), (3,)),
     "mixed dtypes": lambda: F.layer_norm(torch.randn(2, 3), (3,), torch.randn(3).bfloat16()),
+    "weight and bias of two dtypes": lambda: F.layer_norm(
+        torch.randn(2, 3).bfloat16(), (3,), torch.randn(3), torch.randn(3).bfloat16()
+    ),
+    "dropout inside the operator": lambda: aten._scaled_dot_product_flash_attention_for_cpu(
+        *(torch.randn(COVERED) for _ in range(3)), 0.5
+    ),
     "query of other dtype": lambda: F.scaled_dot_product_attention(
         torch.randn(COVERED).bfloat16(), torch.randn(COVERED), torch.randn(COVERED)
     ),
