@@ -166,6 +166,11 @@ def _reasons_to_add_first(stream: Tensor, branch: Tensor) -> Iterator[str]:
         yield "stream and branch are on different devices"
 
 
+def _pytorchs_sum(stream: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
+    """`stream + F.dropout(branch, dropout_p)`, without the call that drops nothing."""
+    return stream + (F.dropout(branch, dropout_p) if dropout_p else branch)
+
+
 def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """[1] int64 from torch's generator; none without dropout."""
     if not 0.0 <= dropout_p <= 1.0:
@@ -184,7 +189,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Layer norm of stream + dropout(branch), and that sum, in one pass over memory: a pre-norm block's residual.
 
-    Equal to `summed = stream + F.dropout(branch, dropout_p); normalized = F.layer_norm(summed, ...)`. What is dropped
+    Equal to `summed = _pytorchs_sum(stream, branch, dropout_p); normalized = F.layer_norm(summed, ...)`. What is dropped
     follows from torch's random generator (`torch.manual_seed`) and from an element's position, whatever the number of
     threads; the mask takes no memory, for the backward computes it again. It is another mask than F.dropout's.
 
@@ -206,10 +211,10 @@ def add_layer_norm(
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
     if any(_reasons_to_add_first(stream, branch)):
-        summed = stream + F.dropout(branch, dropout_p)
+        summed = _pytorchs_sum(stream, branch, dropout_p)
         return layer_norm(summed, normalized_shape, weight, bias, eps), summed
     if _is_small(stream) or reasons_for_pytorch(stream, normalized_shape, weight, bias):
-        summed = stream + F.dropout(branch, dropout_p)
+        summed = _pytorchs_sum(stream, branch, dropout_p)
         return torch.layer_norm(summed, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled), summed
     seed = _seed(dropout_p, stream.device)
     dims = len(normalized_shape)
@@ -244,10 +249,10 @@ def add_rms_norm(
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
     if any(_reasons_to_add_first(stream, branch)):
-        summed = stream + F.dropout(branch, dropout_p)
+        summed = _pytorchs_sum(stream, branch, dropout_p)
         return rms_norm(summed, normalized_shape, weight, eps), summed
     if _is_small(stream) or reasons_for_pytorch(stream, normalized_shape, weight):
-        summed = stream + F.dropout(branch, dropout_p)
+        summed = _pytorchs_sum(stream, branch, dropout_p)
         return torch.rms_norm(summed, normalized_shape, weight, eps), summed
     eps = _rms_eps(eps, stream.dtype)
     seed = _seed(dropout_p, stream.device)
