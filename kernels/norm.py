@@ -189,7 +189,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Layer norm of stream + dropout(branch), and that sum, in one pass over memory: a pre-norm block's residual.
 
-    Equal to `summed = _pytorchs_sum(stream, branch, dropout_p); normalized = F.layer_norm(summed, ...)`. What is dropped
+    Equal to `summed = stream + F.dropout(branch, dropout_p); normalized = F.layer_norm(summed, ...)`. What is dropped
     follows from torch's random generator (`torch.manual_seed`) and from an element's position, whatever the number of
     threads; the mask takes no memory, for the backward computes it again. It is another mask than F.dropout's.
 
