@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 PER_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "norm_forward.cpp", "norm_backward.cpp", "level.cpp"]
-ONCE = ["bindings.cpp", "bindings_norm.cpp", "bindings_provider.cpp", "isa.cpp", "scratch.cpp"]
+ONCE = ["bindings_attention.cpp", "bindings_norm.cpp", "bindings_provider.cpp", "isa.cpp", "scratch.cpp"]
 X86_V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 X86_V4 = [
     *X86_V3,

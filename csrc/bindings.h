@@ -14,6 +14,7 @@ namespace trilby {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -24,13 +25,36 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+inline Sizes sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline Tensor empty(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), type, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_contiguous(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  return empty(sizes, strides, dtype);
+}
+
+// [B, H, T, D] in the memory order (B, T, H, D): what a projection of all heads reads without a copy.
+inline Tensor empty_heads_inside(int64_t B, int64_t H, int64_t T, int64_t D, ScalarType dtype) {
+  return empty({B, H, T, D}, {T * H * D, D, H * D, 1}, dtype);
+}
+
+// Of a [B, H, T, D] tensor.
+inline View view_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
 }
 
 // torch's own threads. A call from inside a parallel region runs all workers in turn on the calling thread.

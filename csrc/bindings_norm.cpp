@@ -14,25 +14,15 @@ using torch::stable::Tensor;
 using trilby::Dropout;
 using trilby::dtype_of;
 using trilby::empty;
+using trilby::empty_contiguous;
 using trilby::NormShape;
 using trilby::Rows;
+using trilby::Sizes;
+using trilby::sizes_of;
 using trilby::torch_threads;
 using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-Tensor empty_contiguous(const Sizes& sizes, ScalarType dtype) {
-  Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
-  return empty(sizes, strides, dtype);
-}
 
 Tensor absent(ScalarType dtype) { return empty({0}, {1}, dtype); }
-
-Sizes sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
 
 // The rows of `tensor` where they are, its leading dimensions merged as far as their strides allow; nothing if the
 // elements of a row are not adjacent, or more dimensions are left than Rows holds.

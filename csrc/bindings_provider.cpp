@@ -26,9 +26,11 @@ using torch::stable::detail::from;
 using torch::stable::detail::StableLibrary;
 using torch::stable::detail::to;
 using trilby::empty;
-using trilby::View;
+using trilby::empty_contiguous;
+using trilby::Sizes;
+using trilby::sizes_of;
+using trilby::view_of;
 using Optional = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
 
 // Which calls of attention are worth taking; kernels/attention.py says why.
 struct Limits {
@@ -49,11 +51,6 @@ bool has_kernel_dtype(const Tensor& tensor) {
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
-
-View view_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
-}
 
 bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask) {
   if (mask || dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
@@ -76,11 +73,9 @@ trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, b
   return {q[0], q[1], k[1], q[2], k[2], q[3], q[3], dtype, static_cast<float>(factor), is_causal};
 }
 
-// [B, H, T, D] in the memory order (B, T, H, D).
-Tensor empty_heads_inside(const Tensor& like) {
+Tensor empty_like_heads_inside(const Tensor& like) {
   const auto sizes = like.sizes();
-  const int64_t H = sizes[1], T = sizes[2], D = sizes[3];
-  return empty({sizes[0], H, T, D}, {T * H * D, D, H * D, 1}, like.scalar_type());
+  return trilby::empty_heads_inside(sizes[0], sizes[1], sizes[2], sizes[3], like.scalar_type());
 }
 
 // to[b][j][i] = from[b][i][j], for `batch` matrices of `rows` × `columns`: logsumexp is [B, H, T] here, and (B, T, H)
@@ -139,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
   }
   const trilby::AttentionShape shape = attention_shape(query, key, is_causal, scale);
   const Tensor by_head = torch::stable::contiguous(logsumexp);
-  const Tensor grad_query = empty_heads_inside(query), grad_key = empty_heads_inside(key),
-               grad_value = empty_heads_inside(value);
+  const Tensor grad_query = empty_like_heads_inside(query), grad_key = empty_like_heads_inside(key),
+               grad_value = empty_like_heads_inside(value);
   trilby::kernels().attention_backward(
       {shape, view_of(query), view_of(key), view_of(value), view_of(output), view_of(grad_output),
        by_head.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key), view_of(grad_value)},
@@ -198,16 +193,9 @@ trilby::Rows rows_of(const Tensor& contiguous, const trilby::NormShape& shape) {
   return {const_cast<void*>(contiguous.const_data_ptr()), 1, {shape.rows}, {shape.width}};
 }
 
-Tensor empty_contiguous(const Sizes& sizes, ScalarType dtype) {
-  Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
-  return empty(sizes, strides, dtype);
-}
-
 template <typename From, typename To>
 Tensor converted(const Tensor& from, ScalarType dtype) {
-  const Tensor to = empty_contiguous({from.sizes().begin(), from.sizes().end()}, dtype);
+  const Tensor to = empty_contiguous(sizes_of(from), dtype);
   const From* source = from.const_data_ptr<From>();
   std::transform(source, source + from.numel(), to.mutable_data_ptr<To>(),
                  [](From element) { return static_cast<To>(static_cast<float>(element)); });
@@ -236,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, eps);
   const Tensor stream = adjacent(input);
   const Optional scale = adjacent(weight), offset = adjacent(bias);
-  Sizes sizes(input.sizes().begin(), input.sizes().end());
+  Sizes sizes = sizes_of(input);
   const Tensor normalized = empty_contiguous(sizes, input.scalar_type());
   std::fill(sizes.end() - static_cast<int64_t>(row.size()), sizes.end(), 1);
   const Tensor mean = empty_contiguous(sizes, ScalarType::Float), rstd = empty_contiguous(sizes, ScalarType::Float);
@@ -273,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const Tensor grad = adjacent(grad_output), stream = adjacent(input);
   const Tensor means = in_float32(mean), inverses = in_float32(rstd);
   const Optional scale = adjacent(weight);
-  const Tensor grad_input = empty_contiguous({input.sizes().begin(), input.sizes().end()}, input.scalar_type());
+  const Tensor grad_input = empty_contiguous(sizes_of(input), input.scalar_type());
   const Tensor grad_weight = wanted[1] ? empty_contiguous(row, weight->scalar_type()) : Tensor();
   const Tensor grad_bias = wanted[2] ? empty_contiguous(row, bias->scalar_type()) : Tensor();
   const Tensor workspace = empty({norm_backward_workspace(shape)}, {1}, ScalarType::Float);

@@ -1,6 +1,6 @@
 // torch's side of the extension, for attention: the trilby:: operators on CPU tensors, through the LibTorch stable ABI.
-// Arguments arrive checked by kernels/ops.py's schemas and by the functions that call them; what
-// would make a kernel read outside its tensors is checked here again.
+// Arguments arrive checked by kernels/ops.py's schemas and by the functions that call them; what would make a kernel
+// read outside its tensors is checked here again.
 #include "bindings.h"
 
 #include <string>
@@ -12,18 +12,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using trilby::dtype_of;
 using trilby::empty;
+using trilby::empty_heads_inside;
 using trilby::torch_threads;
-using trilby::View;
-
-View view_of(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
-}
-
-// [B, H, T, D] in the memory order (B, T, H, D): what a projection of all heads reads without a copy.
-Tensor empty_heads_inside(int64_t B, int64_t H, int64_t T, int64_t D, ScalarType dtype) {
-  return empty({B, H, T, D}, {T * H * D, D, H * D, 1}, dtype);
-}
+using trilby::view_of;
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
                                        double scale) {
