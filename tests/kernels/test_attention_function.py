@@ -1,0 +1,124 @@
+"""`scaled_dot_product_attention` is PyTorch's, whoever computes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_case import DTYPES, Case, needs_extension, pytorch, trilby
+from tolerance import assert_as_exact_as
+from torch import Tensor
+from trilby.kernels import scaled_dot_product_attention
+from trilby.kernels.attention import reasons_for_pytorch
+
+CASE = Case(2, 4, 4, 100, 100, 32, 32)
+
+
+@needs_extension
+def test_trilby_computes_what_it_covers() -> None:
+    inputs = CASE.inputs(torch.float32)
+    assert not list(reasons_for_pytorch(*inputs))
+    assert torch.equal(scaled_dot_product_attention(*inputs, is_causal=True), trilby(*inputs, CASE))
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments"),
+    [
+        ("attn_mask is given", {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}),
+        ("dropout_p is 0.5", {"dropout_p": 0.5}),
+    ],
+)
+def test_the_rest_is_pytorchs(reason: str, arguments: dict[str, object]) -> None:
+    inputs = CASE.inputs(torch.float32)
+    assert reason in list(reasons_for_pytorch(*inputs, **arguments))
+    torch.manual_seed(1)
+    ours = scaled_dot_product_attention(*inputs, **arguments)
+    torch.manual_seed(1)
+    assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((4, 4, 31, 500, 64), "there are 31 queries, fewer than 32"),
+        ((1, 1, 64, 64, 64), "the scores take 262144 multiplications, fewer than 2000000"),
+        ((4, 4, 128, 128, 257), "the head dimension is 257, above 256"),
+    ],
+)
+def test_calls_that_pytorch_ends_sooner_are_pytorchs(sizes: tuple[int, ...], reason: str) -> None:
+    B, H, T, S, D = sizes
+    inputs = Case(B, H, H, T, S, D, D).inputs(torch.float32)
+    assert reason in reasons_for_pytorch(*inputs)
+    assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((9, 99, 64),) * 3,
+        ((3, 5, 2, 99, 8),) * 3,
+        ((999, 8),) * 3,
+        ((9, 1, 99, 64), (9, 3, 99, 64), (9, 3, 99, 64)),
+    ],
+    ids=["three dimensions", "five dimensions", "two dimensions", "broadcast heads"],
+)
+def test_other_ranks_and_broadcasts_are_pytorchs(shapes: tuple[tuple[int, ...], ...]) -> None:
+    inputs = [torch.randn(shape) for shape in shapes]
+    assert list(reasons_for_pytorch(*inputs))
+    assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
+
+
+def test_float64_is_pytorchs() -> None:
+    inputs = CASE.inputs(torch.float64)
+    ours, theirs = (
+        function(*inputs, is_causal=True) for function in (scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_errors_are_pytorchs() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    for arguments in (
+        (query, query.bfloat16(), query),
+        (query, torch.randn(1, 2, 4, 9), query),
+        (query, torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 8)),
+    ):
+        with pytest.raises(RuntimeError) as theirs:
+            F.scaled_dot_product_attention(*arguments)
+        with pytest.raises(RuntimeError) as ours:
+            scaled_dot_product_attention(*arguments)
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    query, key, value = CASE.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = scaled_dot_product_attention(query, key.to(dtype), value, is_causal=True)
+        theirs = F.scaled_dot_product_attention(query, key.to(dtype), value, is_causal=True)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    truth = pytorch(*(tensor.bfloat16().double() for tensor in (query, key, value)), CASE)
+    assert_as_exact_as(ours, theirs, truth, "autocast")
+
+
+@pytest.mark.slow
+def test_compiled_whole_it_equals_eager() -> None:
+    torch._dynamo.reset()
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*inputs, is_causal=True).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for length in (100, 101, 130):
+        inputs = Case(1, 2, 2, length, length, 32, 32).inputs(torch.float32)
+        eager = torch.autograd.grad(loss(*inputs), inputs)
+        for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), inputs), eager):
+            torch.testing.assert_close(ours, theirs)
+
+
+@needs_extension
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_operator_keeps_torchs_contract(dtype: torch.dtype) -> None:
+    """Schema, autograd registration, fake kernel and compiled autograd, as torch.library checks them."""
+    torch.library.opcheck(
+        torch.ops.trilby.attention, (*Case(2, 4, 2, 9, 7, 8, 8).inputs(dtype), True, 0.3), atol=0.02, rtol=0.02
+    )

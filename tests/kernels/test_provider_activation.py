@@ -1,0 +1,168 @@
+"""trilby comes to PyTorch's place and goes without a trace."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from activation import (
+    ATTENTION,
+    NORM,
+    OPERATORS,
+    is_trilbys,
+)
+from torch.nn import attention as pytorch_attention
+from trilby.kernels import activate, activated, restore
+from trilby.kernels.ops import NATIVE
+
+pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
+needs_registry = pytest.mark.skipif(
+    not hasattr(pytorch_attention, "activate_flash_attention_impl"), reason="this torch has no registry"
+)
+
+
+def test_activate_and_restore_are_idempotent():
+    assert not is_trilbys(*OPERATORS)
+    restore()
+    for _ in range(2):
+        activate()
+        activate()
+        assert is_trilbys(*OPERATORS)
+        restore()
+        assert not is_trilbys(*OPERATORS)
+
+
+def test_activated_leaves_things_as_they_were():
+    with activated():
+        with activated():
+            assert is_trilbys(*OPERATORS)
+        assert is_trilbys(*OPERATORS)
+    assert not is_trilbys(*OPERATORS)
+    activate()
+    with activated():
+        pass
+    assert is_trilbys(*OPERATORS)
+
+
+def test_activated_ends_with_an_error_too():
+    with pytest.raises(ZeroDivisionError), activated():
+        1 / 0  # noqa: B018
+    assert not is_trilbys(*OPERATORS)
+
+
+def test_activated_decorates_a_function():
+    assert activated()(lambda: is_trilbys(*OPERATORS))()
+    assert not is_trilbys(*OPERATORS)
+
+
+def test_restore_ends_every_activation():
+    with activated():
+        activate()
+        restore()
+        assert not is_trilbys(*OPERATORS)
+        with activated():
+            assert is_trilbys(*OPERATORS)
+        assert not is_trilbys(*OPERATORS)
+    assert not is_trilbys(*OPERATORS)
+
+
+def test_activations_of_several_threads_overlap():
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def stay() -> None:
+        with activated():
+            inside.wait(timeout=60)
+            leave.wait(timeout=60)
+
+    threads = [threading.Thread(target=stay) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait(timeout=60)
+    with activated():
+        pass
+    assert is_trilbys(*OPERATORS)
+    leave.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not is_trilbys(*OPERATORS)
+
+
+def test_threads_that_come_and_go_leave_nothing_behind():
+    def come_and_go(_: int) -> bool:
+        with activated():
+            return is_trilbys(*OPERATORS)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(come_and_go, range(200)))
+    assert not is_trilbys(*OPERATORS)
+
+
+@pytest.mark.skipif(
+    not hasattr(pytorch_attention, "activate_flash_attention_impl"), reason="this torch has no registry"
+)
+def test_pytorchs_registry_activates_attention_alone():
+    assert "trilby" in pytorch_attention.list_flash_attention_impls()
+    pytorch_attention.activate_flash_attention_impl("trilby")
+    assert pytorch_attention.current_flash_attention_impl() == "trilby"
+    assert is_trilbys(*ATTENTION)
+    assert not is_trilbys(*NORM)
+    with activated():
+        assert is_trilbys(*OPERATORS)
+    assert is_trilbys(*ATTENTION)
+    pytorch_attention.activate_flash_attention_impl("trilby")
+    assert is_trilbys(*ATTENTION)
+    pytorch_attention.restore_flash_attention_impl()
+    assert not is_trilbys(*OPERATORS)
+
+
+@pytest.mark.skipif(
+    not hasattr(pytorch_attention, "activate_flash_attention_impl"), reason="this torch has no registry"
+)
+def test_restore_tells_the_registry():
+    pytorch_attention.activate_flash_attention_impl("trilby")
+    restore()
+    assert pytorch_attention.current_flash_attention_impl() is None
+    assert not is_trilbys(*OPERATORS)
+
+
+def run_python(*lines: str) -> subprocess.CompletedProcess:
+    """A process of its own, where every warning is an error."""
+    return subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(lines)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("warn_always", [False, True])
+def test_nothing_is_printed_and_nothing_changes_before_activate(warn_always):
+    script = run_python(
+        "import torch",
+        f"torch.set_warn_always({warn_always})",
+        f"before = [torch._C._dispatch_dump(operator) for operator in {OPERATORS}]",
+        "import trilby.kernels",
+        f"assert before == [torch._C._dispatch_dump(operator) for operator in {OPERATORS}]",
+        "trilby.kernels.activate()",
+        f"assert torch.is_warn_always_enabled() is {warn_always}",
+        f"assert before != [torch._C._dispatch_dump(operator) for operator in {OPERATORS}]",
+        "trilby.kernels.restore()",
+        f"assert before == [torch._C._dispatch_dump(operator) for operator in {OPERATORS}]",
+        "with trilby.kernels.activated(): torch.nn.LayerNorm(8)(torch.zeros(2, 8)).sum().backward()",
+        "trilby.kernels.activate()",  # and left so, to the end of the process
+    )
+    assert (script.returncode, script.stdout, script.stderr) == (0, "", "")
+
+
+def test_without_the_extension_activate_says_so():
+    script = run_python(
+        "import pathlib",
+        "exists = pathlib.Path.exists",
+        "pathlib.Path.exists = lambda path: not path.name.startswith('_native') and exists(path)",
+        "import torch, trilby.kernels, warnings",
+        "with warnings.catch_warnings(record=True) as caught:",
+        "    warnings.simplefilter('always')",
+        "    trilby.kernels.activate()",
+        "    with trilby.kernels.activated(): pass",
+        "assert [w.category for w in caught] == [RuntimeWarning] * 2, caught",
+        "assert all('not built' in str(w.message) and w.filename == '<string>' for w in caught), caught",
+        "torch.nn.LayerNorm(8)(torch.zeros(2, 8)).sum().backward()",
+        "trilby.kernels.restore()",
+    )
+    assert (script.returncode, script.stderr) == (0, "")

@@ -1,0 +1,266 @@
+"""Models run unchanged with trilby in PyTorch's place, whatever PyTorch does to them, and PyTorch's own tests pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from activation import (
+    with_gradients,
+)
+from tolerance import assert_as_exact_as
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from trilby.kernels import activated
+from trilby.kernels.ops import NATIVE
+
+pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A block as GPT's users write it: one projection of query, key and value, and PyTorch's own layers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width, bias=False)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        query, key, value = self.qkv(self.first(x)).split(C, dim=2)
+        query, key, value = (
+            tensor.view(B, T, self.heads, C // self.heads).transpose(1, 2) for tensor in (query, key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=True)
+        x = x + self.project(attended.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.contract(F.gelu(self.expand(self.second(x))))
+
+
+class Attending(nn.Module):
+    """nn.MultiheadAttention on one sequence, causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(128, 4, batch_first=True)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False, is_causal=True, attn_mask=self.mask.to(x.dtype))[0]
+
+
+MODELS = {
+    "a GPT": lambda: nn.Sequential(Block(128, 4), Block(128, 4), nn.LayerNorm(128)),
+    "nn.TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(128, 4, 256, 0.0, batch_first=True),
+    "norm first": lambda: nn.TransformerEncoderLayer(128, 4, 256, 0.0, batch_first=True, norm_first=True),
+    "nn.TransformerDecoderLayer": lambda: Decoding(),
+    "nn.MultiheadAttention": Attending,
+}
+
+
+class Decoding(nn.Module):
+    """nn.TransformerDecoderLayer that attends to itself and to what went in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(128, 4, 256, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x)
+
+
+def losses_and_outputs(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The losses of eight steps, and what the trained model gives; the same for every dtype but for rounding."""
+    torch.manual_seed(5)
+    model = make().to(dtype)
+    x, y = (torch.randn(4, 64, 128).to(dtype) for _ in range(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(8):
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), model(x).detach()
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_model_trains_as_before(make):
+    rivals, truths = losses_and_outputs(make, torch.float32), losses_and_outputs(make, torch.float64)
+    with activated():
+        ours = losses_and_outputs(make, torch.float32)
+    assert rivals[0][-1] < rivals[0][0]
+    assert not torch.equal(ours[1], rivals[1])  # other kernels, other roundings
+    for name, our, rival, truth in zip(("losses", "outputs"), ours, rivals, truths):
+        assert_as_exact_as(our, rival, truth, name)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_infers_as_before(make, mode):
+    model = make().eval()
+    x = torch.randn(4, 64, 128)
+    with mode():
+        expected = model(x)
+        with activated():
+            torch.testing.assert_close(model(x), expected)
+
+
+# ---- with the rest of PyTorch ----------------------------------------------------------------------------------------
+
+
+def test_compiled_whole_and_equal_to_eager():
+    model = MODELS["a GPT"]()
+    x = torch.randn(4, 64, 128)
+    with activated():
+        eager = with_gradients(model, x)
+        torch._dynamo.reset()
+        compiled = with_gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    for ours, theirs in zip(compiled, eager):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_and_activated_afterwards():
+    """A compiled model calls PyTorch's attention operator, so it too is trilby's."""
+    model = MODELS["a GPT"]()
+    x = torch.randn(4, 64, 128)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    before = with_gradients(compiled, x)
+    with activated():
+        after = with_gradients(compiled, x)
+        eager = with_gradients(model, x)
+    assert not torch.equal(before[0], after[0])
+    for ours, theirs in zip(after, eager):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast():
+    model = MODELS["a GPT"]()
+    x = torch.randn(4, 64, 128)
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    rival, truth = with_gradients(cast, x), with_gradients(model, x)
+    with activated():
+        ours = with_gradients(cast, x)
+    for our, their, true in zip(ours, rival, truth):
+        assert our.dtype == their.dtype
+        assert_as_exact_as(our, their, true.double(), "autocast")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant):
+    model = MODELS["a GPT"]()
+    x = torch.randn(4, 64, 128)
+    with activated():
+        expected = with_gradients(model, x)
+        found = with_gradients(lambda x: checkpoint(model, x, use_reentrant=use_reentrant), x)
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # from PyTorch, trilby or not
+def test_vmap_and_grad_of_torch_func():
+    query, key, value = (torch.randn(3, 1, 4, 128, 32) for _ in range(3))
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.layer_norm(F.scaled_dot_product_attention(query, key, value, is_causal=True), (32,)).square().sum()
+
+    expected = torch.func.vmap(torch.func.grad(loss))(query, key, value)
+    with activated():
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(query, key, value), expected)
+
+
+def test_second_derivatives_of_layer_norm_are_pytorchs():
+    inputs = tuple(torch.randn(size, dtype=torch.float32, requires_grad=True) for size in ((5, 16), (16,), (16,)))
+
+    def second() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(F.layer_norm(inputs[0], (16,), *inputs[1:]).pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs[:2])
+
+    expected = second()
+    with activated():
+        for ours, theirs in zip(second(), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_export_and_run():
+    model = MODELS["a GPT"]().eval()
+    x = torch.randn(4, 64, 128)
+    with activated():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+# ---- PyTorch's own tests ---------------------------------------------------------------------------------------------
+
+
+OPINFOS = (
+    "native_layer_norm",
+    "nn.functional.layer_norm",
+    "nn.functional.multi_head_attention_forward",
+    "nn.functional.rms_norm",
+    "nn.functional.scaled_dot_product_attention",
+)
+
+
+def tensors_of(results: object) -> list[Tensor]:
+    """The tensors among what an operator returned."""
+    several = results if isinstance(results, tuple | list) else (results,)
+    return [result for result in several if isinstance(result, Tensor)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPINFOS)
+def test_the_samples_of_pytorchs_own_tests(name, dtype):
+    pytest.importorskip("expecttest", reason="PyTorch's tests need expecttest (pip install expecttest)")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    def run(op: Callable, sample: object) -> list[Tensor]:
+        torch.manual_seed(0)
+        arguments = [sample.input, *sample.args]
+        leaves = [t for t in [*arguments, *sample.kwargs.values()] if isinstance(t, Tensor) and t.requires_grad]
+        outputs = tensors_of(op(*arguments, **sample.kwargs))
+        loss = sum(output.float().square().sum() for output in outputs if output.requires_grad)
+        return [*outputs, *(g for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None)]
+
+    (info,) = [info for info in op_db if info.name == name]
+    if not info.supports_dtype(dtype, "cpu"):
+        pytest.fail(f"{name} has no samples in {dtype}")
+    samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
+    assert samples
+    for sample in samples:
+        expected = run(info.op, sample)
+        with activated():
+            found = run(info.op, sample)
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPINFOS)
+def test_pytorchs_gradcheck(name):
+    pytest.importorskip("expecttest", reason="PyTorch's tests need expecttest (pip install expecttest)")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = [info for info in op_db if info.name == name]
+    with activated():
+        for sample in list(info.sample_inputs("cpu", torch.float64, requires_grad=True))[:4]:
+
+            def function(input: Tensor, sample: object = sample) -> Tensor:
+                torch.manual_seed(0)
+                return tensors_of(info.op(input, *sample.args, **sample.kwargs))[0]
+
+            if isinstance(sample.input, Tensor):
+                assert torch.autograd.gradcheck(function, (sample.input,), fast_mode=True, nondet_tol=0.0)
