@@ -10,7 +10,7 @@ namespace trilby {
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };
 
-// A [B, H, T, D] tensor; strides count elements and may be 0 (broadcast) or negative-free as torch guarantees.
+// A [B, H, T, D] tensor; strides count elements, and are 0 where it is broadcast.
 struct View {
   void* data;
   int64_t batch, head, row, column;  // strides

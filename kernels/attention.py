@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
-from .ops import NATIVE, reasons_against_gpu
+from .ops import reasons_against_device
 from .shortcut import reasons_of_context, short_way
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,8 +60,7 @@ def _reasons(
         yield f"dtypes are {', '.join(map(str, dtypes))}, not all one of float32, bfloat16, float16"
     if not devices[0] == devices[1] == devices[2]:
         yield f"devices are {', '.join(map(str, devices))}, not one"
-    if devices[0].type not in ("cpu", "cuda"):
-        yield f"trilby has no kernel for {devices[0].type}"
+    yield from reasons_against_device(devices[0])
     if not len(query) == len(key) == len(value) == 4:
         yield "query, key and value are not all [B, H, T, D]"
         return
@@ -77,13 +76,9 @@ def _reasons(
         yield "a size is zero"
     if devices[0].type == "cpu":
         yield from _reasons_on_cpu(T, B * H * T * S * D)
-    if devices[0].type == "cuda":
-        yield from reasons_against_gpu(devices[0])
 
 
 def _reasons_on_cpu(T: int, multiplications: int) -> Iterator[str]:
-    if not NATIVE.loaded:
-        yield NATIVE.reason
     if T < FEWEST_QUERIES:
         yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"
     if multiplications < FEWEST_MULTIPLICATIONS:
@@ -130,7 +125,8 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    if query.numel() * key.shape[-2] < FEWEST_MULTIPLICATIONS and query.is_cpu:  # the cheapest question first
+    # The cheapest question first.
+    if key.dim() < 2 or (query.is_cpu and query.numel() * key.shape[-2] < FEWEST_MULTIPLICATIONS):
         return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import NATIVE
+from .ops import reasons_against_device
 from .shortcut import reasons_of_context, short_way
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +59,7 @@ def _reasons(
     if dtype not in KERNEL_DTYPES:
         yield f"input's dtype is {dtype}, not float32, bfloat16 or float16"
         return
-    if device.type not in ("cpu", "cuda"):
-        yield f"trilby has no kernel for {device.type}"
+    yield from reasons_against_device(device)
     if not normalized_shape or size[-len(normalized_shape) :] != normalized_shape:
         yield f"normalized_shape is {list(normalized_shape)}, and input {list(size)}"
     if size.numel() == 0:
@@ -77,8 +76,6 @@ def _reasons(
 
 
 def _reasons_on_cpu(elements: int, width: int, dtype: torch.dtype) -> Iterator[str]:
-    if not NATIVE.loaded:
-        yield NATIVE.reason
     if elements < FEWEST_ELEMENTS[dtype]:
         yield f"input has {elements} elements, fewer than {FEWEST_ELEMENTS[dtype]}"
     if width < NARROWEST_ROW:

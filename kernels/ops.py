@@ -236,6 +236,8 @@ def _gpu_kernel(name: str) -> Callable[..., Any]:
 @lru_cache
 def reasons_against_gpu(device: torch.device) -> tuple[str, ...]:
     """Why trilby's Triton kernels can't run on the GPU `device`; none: they can."""
+    if not torch.cuda.is_available():  # a tensor without numbers, of a GPU that cannot be asked
+        return ()
     try:
         from .gpu.targets import device_of
 
@@ -245,6 +247,15 @@ def reasons_against_gpu(device: torch.device) -> tuple[str, ...]:
     except ValueError as unknown:
         return (str(unknown),)
     return ()
+
+
+def reasons_against_device(device: torch.device) -> tuple[str, ...]:
+    """Why trilby has no kernels for `device`; none: it has."""
+    if device.type == "cpu":
+        return () if NATIVE.loaded else (NATIVE.reason,)
+    if device.type == "cuda":
+        return reasons_against_gpu(device)
+    return (f"trilby has no kernel for {device.type}",)
 
 
 def _define(library: Library, operator: Operator) -> None:

@@ -78,6 +78,8 @@ def test_errors_are_pytorchs() -> None:
     query = torch.randn(1, 2, 4, 8)
     for arguments in (
         (query, query.bfloat16(), query),
+        (query, query[0, 0, 0], query[0, 0, 0]),
+        (query[0, 0, 0],) * 3,
         (query, torch.randn(1, 2, 4, 9), query),
         (query, torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 8)),
     ):
