@@ -11,6 +11,8 @@ GLIBC = not memory._reason_not_glibc()
 PAGE_FAULTS = """
 import resource, torch
 from trilby.kernels import keep_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
@@ -23,9 +25,9 @@ assert keep_memory().kept
 faults()
 faults()  # the heap has come to its size
 print(faults())
+held = resident()
 assert not keep_memory(False).kept
-faults()
-print(faults())
+print(held - resident())
 """
 
 
@@ -37,10 +39,11 @@ def _run(program: str) -> list[str]:
 
 @pytest.mark.skipif(not GLIBC, reason=memory._reason_not_glibc() or "glibc")
 def test_kept_memory_takes_no_page_faults_again() -> None:
-    before, kept, restored = map(int, _run(PAGE_FAULTS))
+    before, kept, handed_back = map(int, _run(PAGE_FAULTS))
     assert before > 100, "a tensor above 32 MiB should be mapped anew without keep_memory"
     assert kept < before / 100
-    assert restored > 100
+    # What is asked for later may still come from a hole between living blocks, which glibc serves before it maps.
+    assert handed_back > 30 * 2**20, "the freed tensor of 40 MiB stays in the process"
 
 
 @pytest.mark.skipif(not GLIBC, reason=memory._reason_not_glibc() or "glibc")
