@@ -145,16 +145,17 @@ void accumulate(float* gradient, int64_t keys, const float* weights, const float
   if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
 }
 
-void back_propagate(const AttentionShape& shape, const Panel& panel, const KeyBlock& block, const Workspace& work,
+void back_propagate(const AttentionBackward& problem, const Panel& panel, const KeyBlock& block, const Workspace& work,
                     Wanted wanted, float* grad_keys, float* grad_values) {
-  const Sight sight(shape, panel.first_query, block);
+  const AttentionShape& shape = problem.shape;
+  const Sight sight(problem.rule, panel.first_query, block);
   if (sight.keys <= 0) return;
   const int64_t D = shape.head_dim, Dv = shape.value_dim;
   product<PANEL_VECTORS, Start::zero>(sight.keys, {block.keys, D, 1}, panel.queries_transposed, PANEL,
                                       work.probabilities, PANEL, nullptr, D);
   product<PANEL_VECTORS, Start::zero>(sight.keys, {block.values, Dv, 1}, panel.grads_transposed, PANEL,
                                       work.grad_scores, PANEL, nullptr, Dv);
-  softmax_backward(work.probabilities, work.grad_scores, sight.keys, shape.scale, panel);
+  softmax_backward(work.probabilities, work.grad_scores, sight.keys, problem.rule.scale, panel);
   if (sight.diagonal) {
     hide(work.probabilities, sight, 0.0f);
     hide(work.grad_scores, sight, 0.0f);
@@ -184,19 +185,19 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
     load_panel<Format>(problem, head, first_query + p * PANEL, work, work.panel[p]);
   }
   const int64_t visible = first_query + panels * PANEL;
-  const int64_t end = shape.causal ? smaller(end_key, visible) : end_key;
+  const int64_t end = problem.rule.window_right == 0 ? smaller(end_key, visible) : end_key;
   for (int64_t first = first_key; first < end; first += BLOCK) {
     const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, head.batch, head.key_head, first,
                                               smaller(end - first, BLOCK), work.keys, work.values);
     float* grad_keys = work.grad_keys + (first - first_key) * whole_vectors(shape.head_dim);
     float* grad_values = work.grad_values + (first - first_key) * whole_vectors(shape.value_dim);
     for (int64_t p = 0; p < panels; p++) {
-      back_propagate(shape, work.panel[p], block, work, wanted, grad_keys, grad_values);
+      back_propagate(problem, work.panel[p], block, work, wanted, grad_keys, grad_values);
     }
   }
   if (wanted == Wanted::key_and_value) return;
   float scales[PANEL];
-  for (float& scale : scales) scale = shape.scale;
+  for (float& scale : scales) scale = problem.rule.scale;
   for (int64_t p = 0; p < panels; p++) {
     const Panel& panel = work.panel[p];
     unpack_transposed<Format>(
@@ -236,7 +237,7 @@ void backward_keys(const AttentionBackward& problem, int64_t batch, int64_t key_
     }
   }
   using Element = typename Format::Element;
-  write_rows<Format>(work.grad_keys, keys, shape.head_dim, shape.scale,
+  write_rows<Format>(work.grad_keys, keys, shape.head_dim, problem.rule.scale,
                      row_of<Element>(problem.grad_key, batch, key_head, first_key), problem.grad_key.row);
   write_rows<Format>(work.grad_values, keys, shape.value_dim, 1.0f,
                      row_of<Element>(problem.grad_value, batch, key_head, first_key), problem.grad_value.row);
@@ -270,7 +271,7 @@ void backward(const AttentionBackward& problem, const Threads& threads) {
   deal(key_heads * key_tiles, threads, [&](int64_t task) {
     // Longest first: under a causal mask the first keys are seen by the most queries, the others by none before them.
     const int64_t first_key = task / key_heads * KEY_TILE;
-    const int64_t first_query = shape.causal ? first_key / (PANELS * PANEL) * (PANELS * PANEL) : 0;
+    const int64_t first_query = problem.rule.window_right == 0 ? first_key / (PANELS * PANEL) * (PANELS * PANEL) : 0;
     backward_keys<Format>(problem, task % key_heads / shape.key_heads, task % key_heads % shape.key_heads, first_query,
                           first_key, smaller(first_key + KEY_TILE, shape.key_length), Wanted::key_and_value);
   });

@@ -46,9 +46,9 @@ struct Workspace {
 struct Scale {
   float sign, size;
 
-  explicit Scale(const AttentionShape& shape)
-      : sign(shape.scale == 0.0f ? 0.0f : __builtin_copysignf(1.0f, shape.scale)),
-        size(shape.scale == 0.0f ? 1.0f : __builtin_fabsf(shape.scale)) {}
+  explicit Scale(const AttentionRule& rule)
+      : sign(rule.scale == 0.0f ? 0.0f : __builtin_copysignf(1.0f, rule.scale)),
+        size(rule.scale == 0.0f ? 1.0f : __builtin_fabsf(rule.scale)) {}
 };
 
 // One panel of queries and what its online softmax has come to.
@@ -83,14 +83,15 @@ void online_softmax(float* scores, int64_t keys, float scale, float* maxima, flo
   }
 }
 
-void attend(const AttentionShape& shape, const Panel& panel, const KeyBlock& block, const Workspace& work) {
-  const Sight sight(shape, panel.first_query, block);
+void attend(const AttentionForward& problem, const Panel& panel, const KeyBlock& block, const Workspace& work) {
+  const AttentionShape& shape = problem.shape;
+  const Sight sight(problem.rule, panel.first_query, block);
   if (sight.keys <= 0) return;
   const Operand keys = {block.keys, shape.head_dim, 1};
   product<PANEL_VECTORS, Start::zero>(sight.keys, keys, panel.queries, PANEL, work.scores, PANEL, nullptr,
                                       shape.head_dim);
   if (sight.diagonal) hide(work.scores, sight, -INFINITE);
-  online_softmax(work.scores, sight.keys, Scale(shape).size * LOG2_E, panel.maxima, panel.sums, work.factors);
+  online_softmax(work.scores, sight.keys, Scale(problem.rule).size * LOG2_E, panel.maxima, panel.sums, work.factors);
   const Operand values = {block.values, 1, shape.value_dim};
   if (!zero_hides(sight, block.values, shape.value_dim)) {
     product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
@@ -112,7 +113,7 @@ Panel start(const AttentionForward& problem, const Workspace& work, int64_t batc
                        work.maxima + p * PANEL,
                        work.sums + p * PANEL};
   pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head, panel.first_query),
-                          problem.query, panel.count, shape.head_dim, Scale(shape).sign, panel.queries, PANEL);
+                          problem.query, panel.count, shape.head_dim, Scale(problem.rule).sign, panel.queries, PANEL);
   for (int64_t i = 0; i < shape.value_dim * PANEL; i += LANES) store(panel.outputs + i, Vector{});
   for (int c = 0; c < PANEL_VECTORS; c++) {
     store(panel.maxima + c * LANES, broadcast(-INFINITE));
@@ -126,7 +127,7 @@ template <class Format>
 void finish(const AttentionForward& problem, const Panel& panel, int64_t batch, int64_t head) {
   const AttentionShape& shape = problem.shape;
   float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head) * shape.query_length + panel.first_query;
-  const float size = Scale(shape).size;
+  const float size = Scale(problem.rule).size;
   float inverse[PANEL];
   for (int64_t m = 0; m < PANEL; m++) inverse[m] = panel.sums[m] == 0.0f ? 0.0f : 1.0f / panel.sums[m];
   for (int64_t m = 0; m < panel.count; m++) {
@@ -145,11 +146,11 @@ void forward_tile(const AttentionForward& problem, int64_t batch, int64_t head, 
   Panel panel[PANELS];
   for (int64_t p = 0; p < panels; p++) panel[p] = start<Format>(problem, work, batch, head, first_query, p);
   const int64_t visible = first_query + panels * PANEL;
-  const int64_t end = shape.causal ? smaller(shape.key_length, visible) : shape.key_length;
+  const int64_t end = problem.rule.window_right == 0 ? smaller(shape.key_length, visible) : shape.key_length;
   for (int64_t first = 0; first < end; first += BLOCK) {
     const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, batch, key_head, first,
                                               smaller(end - first, BLOCK), work.keys, work.values);
-    for (int64_t p = 0; p < panels; p++) attend(shape, panel[p], block, work);
+    for (int64_t p = 0; p < panels; p++) attend(problem, panel[p], block, work);
   }
   for (int64_t p = 0; p < panels; p++) finish<Format>(problem, panel[p], batch, head);
 }

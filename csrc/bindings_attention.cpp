@@ -16,8 +16,7 @@ using trilby::empty_heads_inside;
 using trilby::torch_threads;
 using trilby::view_of;
 
-trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
-                                       double scale) {
+trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "trilby::attention: query, key and value must be [B, H, T, D]");
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
@@ -27,7 +26,13 @@ trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, c
                   " heads, not a multiple of key's ", k[1]);
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                   "trilby::attention: query, key and value must have one dtype");
-  return {q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype_of(query, "query"), static_cast<float>(scale), is_causal};
+  return {q[0], q[1], k[1], q[2], k[2], q[3], v[3], dtype_of(query, "query")};
+}
+
+trilby::AttentionRule attention_rule(bool is_causal, double scale) {
+  trilby::AttentionRule rule = {static_cast<float>(scale)};
+  if (is_causal) rule.window_right = 0;
+  return rule;
 }
 
 void check_result(const Tensor& tensor, const Tensor& query, const trilby::AttentionShape& shape, const char* name) {
@@ -41,20 +46,22 @@ void check_result(const Tensor& tensor, const Tensor& query, const trilby::Atten
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
                                      double scale) {
-  const auto shape = attention_shape(query, key, value, is_causal, scale);
+  const auto shape = attention_shape(query, key, value);
+  const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   Tensor output = empty_heads_inside(B, H, T, shape.value_dim, query.scalar_type());
   Tensor logsumexp = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
-  trilby::kernels().attention_forward(
-      {shape, view_of(query), view_of(key), view_of(value), view_of(output), logsumexp.mutable_data_ptr<float>()},
-      torch_threads());
+  trilby::kernels().attention_forward({shape, sequences, attention_rule(is_causal, scale), view_of(query), view_of(key),
+                                       view_of(value), view_of(output), logsumexp.mutable_data_ptr<float>()},
+                                      torch_threads());
   return {output, logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                       const Tensor& value, const Tensor& output,
                                                       const Tensor& logsumexp, bool is_causal, double scale) {
-  const auto shape = attention_shape(query, key, value, is_causal, scale);
+  const auto shape = attention_shape(query, key, value);
+  const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, S = shape.key_length;
   check_result(grad_output, query, shape, "grad_output");
   check_result(output, query, shape, "output");
@@ -66,8 +73,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
   Tensor grad_key = empty_heads_inside(B, shape.key_heads, S, shape.head_dim, dtype);
   Tensor grad_value = empty_heads_inside(B, shape.key_heads, S, shape.value_dim, dtype);
   trilby::kernels().attention_backward(
-      {shape, view_of(query), view_of(key), view_of(value), view_of(output), view_of(grad_output),
-       logsumexp.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key), view_of(grad_value)},
+      {shape, sequences, attention_rule(is_causal, scale), view_of(query), view_of(key), view_of(value),
+       view_of(output), view_of(grad_output), logsumexp.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key),
+       view_of(grad_value)},
       torch_threads());
   return {grad_query, grad_key, grad_value};
 }

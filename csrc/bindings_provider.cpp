@@ -65,12 +65,16 @@ bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, dou
          value.scalar_type() == query.scalar_type();
 }
 
-trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, bool is_causal,
-                                       std::optional<double> scale) {
+trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key) {
   const auto q = query.sizes(), k = key.sizes();
-  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(q[3])));
-  const trilby::Dtype dtype = trilby::dtype_of(query, "query");
-  return {q[0], q[1], k[1], q[2], k[2], q[3], q[3], dtype, static_cast<float>(factor), is_causal};
+  return {q[0], q[1], k[1], q[2], k[2], q[3], q[3], trilby::dtype_of(query, "query")};
+}
+
+trilby::AttentionRule attention_rule(const Tensor& query, bool is_causal, std::optional<double> scale) {
+  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(query.sizes()[3])));
+  trilby::AttentionRule rule = {static_cast<float>(factor)};
+  if (is_causal) rule.window_right = 0;
+  return rule;
 }
 
 Tensor empty_like_heads_inside(const Tensor& like) {
@@ -107,12 +111,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   }
   const Tensor output = torch::stable::empty_like(query);
   if (output.strides()[3] != 1) return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
-  const trilby::AttentionShape shape = attention_shape(query, key, is_causal, scale);
+  const trilby::AttentionShape shape = attention_shape(query, key);
+  const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   const Tensor by_head = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
   const Tensor logsumexp = empty({B, H, T}, {T * H, 1, H}, ScalarType::Float);
   trilby::kernels().attention_forward(
-      {shape, view_of(query), view_of(key), view_of(value), view_of(output), by_head.mutable_data_ptr<float>()},
+      {shape, sequences, attention_rule(query, is_causal, scale), view_of(query), view_of(key), view_of(value),
+       view_of(output), by_head.mutable_data_ptr<float>()},
       trilby::torch_threads());
   transpose(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
@@ -132,13 +138,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
     }
     return {Tensor(gradients[0]), Tensor(gradients[1]), Tensor(gradients[2])};
   }
-  const trilby::AttentionShape shape = attention_shape(query, key, is_causal, scale);
+  const trilby::AttentionShape shape = attention_shape(query, key);
+  const trilby::AttentionSequences sequences = {shape.batch};
   const Tensor by_head = torch::stable::contiguous(logsumexp);
   const Tensor grad_query = empty_like_heads_inside(query), grad_key = empty_like_heads_inside(key),
                grad_value = empty_like_heads_inside(value);
   trilby::kernels().attention_backward(
-      {shape, view_of(query), view_of(key), view_of(value), view_of(output), view_of(grad_output),
-       by_head.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key), view_of(grad_value)},
+      {shape, sequences, attention_rule(query, is_causal, scale), view_of(query), view_of(key), view_of(value),
+       view_of(output), view_of(grad_output), by_head.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key),
+       view_of(grad_value)},
       trilby::torch_threads());
   return {grad_query, grad_key, grad_value};
 }

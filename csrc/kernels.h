@@ -24,21 +24,58 @@ struct Threads {
 
 struct AttentionShape {
   int64_t batch, query_heads, key_heads;  // query_heads is a multiple of key_heads
-  int64_t query_length, key_length;       // T and S
+  int64_t query_length, key_length;       // T and S: rows of query and of key; packed, those of all sequences together
   int64_t head_dim, value_dim;            // D and Dv
   Dtype dtype;
-  float scale;
-  bool causal;  // query i sees keys 0..i
+};
+
+// Where sequences lie in the rows of query and key. As it stands: one to each index of the batch, of all its rows.
+struct AttentionSequences {
+  int64_t count = 0;  // B, or N of packed sequences
+  // Packed [N + 1]: sequence n has the rows starts[n] … starts[n + 1] - 1 of batch 0. Null: not packed.
+  const int32_t *query_starts = nullptr, *key_starts = nullptr;
+  const int32_t* key_lengths = nullptr;  // [count]: only so many keys of a sequence exist. Null: all
+  // Paged [count, pages]: keys p · page_size … of sequence n are the rows of batch block_table[n][p] of key and value.
+  // key_length is then the most keys that a sequence can have, pages · page_size. Null: not paged.
+  const int32_t* block_table = nullptr;
+  int64_t pages = 0, page_size = 0;
+};
+
+enum class Mask : int32_t { none, boolean, float32, bfloat16, float16 };  // boolean: bytes; others are added
+
+// Drops what draws a random number below `threshold`, and multiplies the rest by `scale`.
+struct Dropout {
+  uint32_t threshold = 0;  // 0: no dropout. Norms draw 32 bits, attention 16
+  float scale = 1.0f;
+  uint64_t seed = 0;
+};
+
+// What is done to the score q · k of query i and key j of a sequence, in this order.
+struct AttentionRule {
+  float scale;                                 // s = q · k · scale
+  float softcap = 0.0f;                        // s = softcap · tanh(s / softcap); 0: not
+  const float* alibi_slopes = nullptr;         // s -= slope[sequence][head] · |i + offset - j|; null: not
+  int64_t alibi_sequence = 0, alibi_head = 0;  // strides
+  Mask mask_kind = Mask::none;
+  View mask = {};            // [B, H, T, S]
+  bool lower_right = false;  // offset = keys - queries of the sequence; otherwise 0
+  // Seen where i + offset - window_left <= j <= i + offset + window_right; negative: unbounded. Causal is (-1, 0).
+  int64_t window_left = -1, window_right = -1;
+  Dropout dropout = {};  // of the probabilities
 };
 
 struct AttentionForward {
   AttentionShape shape;
-  View query, key, value, output;
-  float* logsumexp;  // [B, H, T] contiguous, natural logarithm
+  AttentionSequences sequences;
+  AttentionRule rule;
+  View query, key, value, output;  // paged, the batch of key and value is the page
+  float* logsumexp;                // [B, H, T] contiguous, natural logarithm
 };
 
 struct AttentionBackward {
   AttentionShape shape;
+  AttentionSequences sequences;  // not paged
+  AttentionRule rule;
   View query, key, value, output, grad_output;
   const float* logsumexp;
   View grad_query, grad_key, grad_value;
@@ -57,13 +94,6 @@ struct NormShape {
   Dtype dtype, weight_dtype;
   bool centered;  // layer norm; otherwise RMS norm
   float eps;
-};
-
-// Drops what draws a random word below `threshold`, and multiplies the rest by `scale`.
-struct Dropout {
-  uint32_t threshold;  // 0: no dropout
-  float scale;
-  uint64_t seed;
 };
 
 // All but `stream` and `branch` are contiguous. Null where absent: branch and summed (without a residual branch),

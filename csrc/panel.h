@@ -74,9 +74,9 @@ struct Sight {
   int64_t keys, shift;
   bool diagonal;
 
-  Sight(const AttentionShape& shape, int64_t first_query, const KeyBlock& block)
+  Sight(const AttentionRule& rule, int64_t first_query, const KeyBlock& block)
       : keys(block.count), shift(first_query - block.first), diagonal(false) {
-    if (!shape.causal) return;
+    if (rule.window_right != 0) return;
     keys = smaller(keys, shift + PANEL);
     diagonal = keys - 1 > shift;
   }

@@ -47,16 +47,29 @@ void attend_once() {
   const int64_t B = up_to(2), key_heads = up_to(2), H = key_heads * up_to(2), T = up_to(300), S = up_to(300);
   const int64_t D = up_to(70), Dv = up_to(70), gap = up_to(2);
   const Dtype dtype = static_cast<Dtype>(generator() % 3);
-  const AttentionShape shape = {B, H, key_heads, T, S, D, Dv, dtype, 0.2f, generator() % 2 == 0};
+  const AttentionShape shape = {B, H, key_heads, T, S, D, Dv, dtype};
+  AttentionRule rule = {0.2f};
+  rule.window_right = generator() % 2 ? 0 : -1;
   const Threads threads = {up_to(3), run};
   const Tensor query(B, H, T, D, dtype, gap), key(B, key_heads, S, D, dtype), value(B, key_heads, S, Dv, dtype, gap);
   const Tensor output(B, H, T, Dv, dtype), grad_output(B, H, T, Dv, dtype, gap), logsumexp(B, H, T, 1, Dtype::float32);
   const Tensor grad_query(B, H, T, D, dtype), grad_key(B, key_heads, S, D, dtype),
       grad_value(B, key_heads, S, Dv, dtype);
   float* statistics = static_cast<float*>(logsumexp.view.data);
-  TRILBY_LEVEL::attention_forward({shape, query.view, key.view, value.view, output.view, statistics}, threads);
-  TRILBY_LEVEL::attention_backward({shape, query.view, key.view, value.view, output.view, grad_output.view, statistics,
-                                    grad_query.view, grad_key.view, grad_value.view},
+  TRILBY_LEVEL::attention_forward({shape, {B}, rule, query.view, key.view, value.view, output.view, statistics},
+                                  threads);
+  TRILBY_LEVEL::attention_backward({shape,
+                                    {B},
+                                    rule,
+                                    query.view,
+                                    key.view,
+                                    value.view,
+                                    output.view,
+                                    grad_output.view,
+                                    statistics,
+                                    grad_query.view,
+                                    grad_key.view,
+                                    grad_value.view},
                                    threads);
 }
 
