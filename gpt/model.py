@@ -17,9 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache import Cache, LayerCache, Reading
 from .config import GPTConfig
 from .layers import TRILBY, Layers
 from .loss import linear_cross_entropy
+
+
+class Linear(nn.Linear):
+    """`input · weightᵀ + bias`, by the layers that the model is made of."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, layers: Layers) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.layers = layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        return self.layers.linear(input, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -27,20 +40,22 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layers: Layers) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias, layers)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, layers)
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.layers = layers
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, past: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = input.shape
         heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
         query, key, value = heads.unbind(dim=2)  # (B, H, T, D) each, views of one product
-        output = self.layers.attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        if past is None:
+            dropout_p = self.dropout if self.training else 0.0
+            output = self.layers.attention(query, key, value, dropout_p=dropout_p, is_causal=True)
+        else:
+            output = self.layers.cached_attention(query, *past.extend(key, value))
         projected: Tensor = self.c_proj(output.transpose(1, 2).reshape(B, T, C))
         return projected
 
@@ -48,10 +63,10 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer: every position on its own, through 4·C numbers."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layers: Layers) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, layers)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, layers)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -68,12 +83,12 @@ class Block(nn.Module):
         self.ln_1 = AddNorm(config, layers)
         self.attn = CausalSelfAttention(config, layers)
         self.ln_2 = AddNorm(config, layers)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layers)
 
-    def forward(self, stream: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Tensor, branch: Tensor | None, past: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         """The stream and the branch still to be added to it, (B, T, C) both; the first block is given no branch."""
         normalized, stream = self.ln_1(stream, branch)
-        branch = self.attn(normalized)
+        branch = self.attn(normalized, past)
         normalized, stream = self.ln_2(stream, branch)
         return stream, self.mlp(normalized)
 
@@ -107,13 +122,13 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
         self.ln_f = AddNorm(config, layers)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, past: Reading | None = None) -> Tensor:
         """(B, T) -> (B, T, C), normalized."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if past is None else past.places.positions
         stream: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
         branch: Tensor | None = None
-        for block in self.h:
-            stream, branch = block(stream, branch)
+        for number, block in enumerate(self.h):
+            stream, branch = block(stream, branch, None if past is None else past.layers[number])
         normalized, _ = self.ln_f(stream, branch)
         output: Tensor = normalized
         return output
@@ -131,7 +146,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, layers)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, False, layers)
         self.tie()
         self.apply(_initialize)
         for name, parameter in self.named_parameters():
@@ -147,10 +162,33 @@ class GPT(nn.Module):
         """Make the decoder the transposed token embedding: one parameter under two names."""
         self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token after each of `tokens` (B, T); ValueError if T is above `block_size`."""
-        logits: Tensor = self.lm_head(self._hidden(tokens))
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of `tokens` (B, T); ValueError if T is above `block_size`.
+
+        With a `cache`, `tokens` follow those that it has, and it has them too from then on; ValueError if they do not
+        fit in.
+        """
+        logits: Tensor = self.lm_head(self._hidden(tokens, cache))
         return logits
+
+    def next_logits(self, tokens: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> Tensor:
+        """Logits (B, V) of the token after the last of each row: what generating needs of `forward`, and no more.
+
+        Args:
+            tokens: (B, T).
+            cache: As in `forward`.
+            counts: (B), how many tokens each row has, at least 1; the rest of it is padding. None: all T.
+        """
+        hidden = self._hidden(tokens, cache, counts)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        last = hidden[:, -1] if counts is None else hidden[rows, counts - 1]
+        logits: Tensor = self.lm_head(last)
+        return logits
+
+    def make_cache(self, batch_size: int, size: int | None = None) -> Cache:
+        """An empty cache for `batch_size` sequences of at most `size` tokens; see `Cache`."""
+        weight = self.transformer.wpe.weight
+        return Cache(self.config, batch_size, size, weight.dtype, weight.device)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy, in nats, of predicting `targets` (B, T) from `tokens` (B, T).
@@ -159,10 +197,15 @@ class GPT(nn.Module):
         """
         return linear_cross_entropy(self._hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] > self.block_size:
             raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, T) with T at most {self.block_size}")
-        hidden: Tensor = self.transformer(tokens)
+        if cache is None:
+            hidden: Tensor = self.transformer(tokens)
+            return hidden
+        reading = cache.begin(tokens)
+        hidden = self.transformer(tokens, reading)
+        cache.finish(reading, counts)
         return hidden
 
 
