@@ -26,9 +26,9 @@ types: $(READY)
 	mkdir -p build/types && ln -sfn ../.. build/types/trilby
 	$(PYTHON) -m mypy -p trilby.kernels -p trilby.gpt -p trilby.bench
 
-# Every Triton kernel with every launch, for every GPU that the kernels know: an hour on two cores.
+# Every Triton kernel with every launch, for every GPU that the kernels know: an hour on two cores, then only what changed.
 compile-matrix: $(READY)
-	$(PYTHON) -W error -m trilby.kernels.gpu.matrix
+	$(PYTHON) -W error -m trilby.kernels.gpu matrix
 
 doctor: $(READY)
 	$(PYTHON) -m trilby.kernels

@@ -42,6 +42,7 @@ class Compilation:
     local_bytes: int  # stack and scratch memory a thread, in bytes
     shared_bytes: int  # shared memory (AMD: LDS) a program, in bytes
     matrix_instructions: int  # tensor-core (AMD: matrix-core) instructions in the machine code
+    scalar_dots: int  # matrix products that the compiler did not give to tensor cores
     wide_accesses: int  # global loads and stores of 16 bytes
     narrow_accesses: int  # global loads and stores of fewer
     assembly: str  # the machine code's text: SASS, or AMD's assembly
@@ -59,11 +60,13 @@ def compile_call(call: Call, target: Target) -> Compilation:
     Raises:
         triton.CompilationError, RuntimeError: the compiler's own, if it refuses.
     """
-    source = source_of(call)
-    options = {**call.options, "enable_fp_fusion": True}
     gpu = GPUTarget(target.backend, target.architecture, target.warp_size)
-    compiled = triton.compile(source, target=gpu, options=options)
-    return _read_cuda(compiled, target) if target.backend == "cuda" else _read_hip(compiled, target)
+    return read(triton.compile(source_of(call), target=gpu, options=options_of(call)), target)
+
+
+def options_of(call: Call) -> dict[str, Any]:
+    """What Triton is asked for at a launch, beside the arguments."""
+    return {**call.options, "enable_fp_fusion": True}
 
 
 def source_of(call: Call) -> Any:
@@ -89,6 +92,21 @@ def source_of(call: Call) -> Any:
     return ASTSource(call.kernel, signature, constants, attributes)
 
 
+def read(compiled: Any, target: Target) -> Compilation:
+    """What Triton compiled for `target`, in numbers."""
+    return _read_cuda(compiled, target) if target.backend == "cuda" else _read_hip(compiled, target)
+
+
+def scalar_dots(ttgir: str) -> int:
+    """How many products of Triton's GPU dialect have a result that no tensor core (AMD: matrix core) lays out so.
+
+    Hopper's and Blackwell's own products (warp_group_dot, tc_gen5_mma) are other operations, and never scalar.
+    """
+    layouts = set(re.findall(r"^(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma|amd_wmma)", ttgir, re.MULTILINE))
+    results = re.findall(r"= tt\.dot .*-> tensor<[^#]*(#\w+)>", ttgir)
+    return sum(layout not in layouts for layout in results)
+
+
 def _read_cuda(compiled: Any, target: Target) -> Compilation:
     tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -106,6 +124,7 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
         local_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
+        scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=wide,
         narrow_accesses=len(accesses) - wide,
         assembly=assembly,
@@ -127,6 +146,7 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         local_bytes=number("private_segment_fixed_size"),
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
+        scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=wide,
         narrow_accesses=len(accesses) - wide,
         assembly=assembly,

@@ -1,17 +1,11 @@
 """The compile matrix: every kernel with every row of the launch tables, for every target, compiled without a GPU.
 
-    python -m trilby.kernels.gpu.matrix [target ...]
-
-prints what became of each (registers, spills, shared memory, matrix instructions, 16-byte accesses) and fails if one
-spills, exceeds its target's shared memory, or multiplies without matrix instructions. Triton's cache makes a second run
-a matter of seconds.
+`python -m trilby.kernels.gpu matrix` compiles it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -22,11 +16,11 @@ from .attention_backward_query import attention_backward_query_call
 from .attention_forward import attention_forward_call
 from .attention_launch import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS, FORWARD, AttentionTiles, Row
 from .call import Call
-from .compile import Compilation, compile_call
+from .compile import Compilation
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
-from .targets import TARGETS, Device, Target
+from .targets import Device, Target
 
 # B, H, T of the calls that are compiled: no size but the head dimension and the width changes the code.
 BATCH, HEADS, LENGTH = 2, 12, 1024
@@ -58,8 +52,8 @@ class Case:
             found.append(f"{compilation.spills} spills, {compilation.local_bytes} bytes of local memory")
         if compilation.shared_bytes > self.target.shared_memory:
             found.append(f"{compilation.shared_bytes} bytes of shared memory, {self.target.shared_memory} allowed")
-        if self.multiplies and not compilation.matrix_instructions:
-            found.append("no matrix instruction")
+        if self.multiplies and (compilation.scalar_dots or not compilation.matrix_instructions):
+            found.append(f"{compilation.scalar_dots} products without matrix instructions")
         if self.target.backend == "cuda" and not compilation.wide_accesses:
             found.append("no access of 16 bytes")
         return found
@@ -179,22 +173,3 @@ def cases(target: Target) -> Iterator[Case]:
     """The whole matrix for one target."""
     yield from attention_cases(target)
     yield from norm_cases(target)
-
-
-def main() -> int:
-    """Compile the matrix of the targets named on the command line, or of all."""
-    parser = argparse.ArgumentParser(prog="python -m trilby.kernels.gpu.matrix", description=__doc__)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="such as sm_90; all by default")
-    failed = 0
-    for name in parser.parse_args().targets or TARGETS:
-        for case in cases(TARGETS[name]):
-            compilation = compile_call(case.call, case.target)
-            faults = case.faults(compilation)
-            failed += bool(faults)
-            print(f"{name:8} {case.name:56} {compilation} {'; '.join(faults)}", flush=True)
-    print(f"{failed} failed")
-    return min(failed, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

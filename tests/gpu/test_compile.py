@@ -47,7 +47,7 @@ def test_hopper_multiplies_with_warpgroup_instructions():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target(target):
-    """One head dimension and width of every kernel; the whole matrix is `python -m trilby.kernels.gpu.matrix`."""
+    """One head dimension and width of every kernel; the whole matrix is `python -m trilby.kernels.gpu matrix`."""
     for case in chosen(target, r"bfloat16 D 128 ", "norm (forward|backward) bfloat16 N (1024|65536)", "column sum bfl"):
         assert case.faults(compile_call(case.call, case.target)) == [], case.name
 
