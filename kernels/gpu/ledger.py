@@ -16,7 +16,7 @@ from .targets import Target
 
 
 def key_of(call: Call, target: Target) -> str:
-    """What an outcome depends on: kernel, types and constants of its arguments, options, target, compiler and reader."""
+    """What an outcome depends on: kernel, types and constants, options, target, compiler and reader."""
     parts = (
         source_of(call).hash(),  # of the functions that the kernel calls, too
         json.dumps(options_of(call), sort_keys=True),

@@ -51,7 +51,7 @@ def test_a_repeated_run_compiles_nothing_and_says_the_same(tmp_path, compiled, c
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, compiled):
     path = tmp_path / "ledger.jsonl"
     command.main(["matrix", "sm_80", "--ledger", str(path)])
-    path.write_text(path.read_text() + '{"key": "torn off in the mid')
+    path.write_text(path.read_text() + '\n{"key": "torn off in the mid')
     for _ in range(2):
         command.main(["matrix", "sm_80", "sm_90", "--ledger", str(path)])
         assert len(compiled) == 2
