@@ -7,7 +7,15 @@ from .data import Split, Text, default_text, read_text, split
 from .generate import GREEDY, Sampling, generate, stream, stream_text
 from .layers import PYTORCH, TRILBY, Layers
 from .model import GPT
-from .tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, decode, encode_documents
+from .tokenizers import (
+    BytePairTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    decode,
+    encode_documents,
+)
 from .train import Result, Step, Training, evaluate, train
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "PYTORCH",
     "TRILBY",
     "Bigram",
+    "BytePairTokenizer",
     "CharTokenizer",
     "Checkpoint",
     "CheckpointError",
@@ -24,6 +33,7 @@ __all__ = [
     "Layers",
     "Result",
     "Sampling",
+    "SentencePieceTokenizer",
     "Split",
     "Step",
     "Text",

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
 from .generate import Sampling, encode_prompt, stream_text
 from .progress import progress
-from .tokenizer import TIKTOKEN_FILES, encode_documents, make_tokenizer
+from .tokenizers import NAMES, encode_documents, make_tokenizer
 from .train import Training
 
 CHECKPOINT = Path("checkpoint.safetensors")
@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--text", metavar="FILE", help="default: $TRILBY_TEXT, tinyshakespeare or Python's manual")
     train.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="default: %(default)s")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint, with its configuration")
-    train.add_argument("--tokenizer", choices=["characters", *TIKTOKEN_FILES], default="characters")
+    tokenizers = f"{', '.join(NAMES)}, or a SentencePiece model file; default: %(default)s"
+    train.add_argument("--tokenizer", metavar="NAME", default="characters", help=tokenizers)
+    train.add_argument("--vocab-size", type=int, metavar="N", help="how many tokens byte-pair learns from the text")
     train.add_argument("--preset", choices=list(PRESETS), default="character", help="default: %(default)s")
     _add_fields(train.add_argument_group("the model, where it differs from the preset"), MODEL_FIELDS, {})
     defaults = {field.name: field.default for field in fields(TrainConfig)}
@@ -77,7 +79,7 @@ def train_command(options: argparse.Namespace) -> None:
     if options.resume:
         tokenizer, training = _resume(options.checkpoint, text, given)
     else:
-        tokenizer = make_tokenizer(options.tokenizer, text.content)
+        tokenizer = make_tokenizer(options.tokenizer, [text.content], options.vocab_size)
         tokens = data.split(encode_documents(tokenizer, [text.content]))
         shape = {name: value for name, value in given.items() if name in MODEL_FIELDS}
         model = replace(PRESETS[options.preset], vocab_size=tokenizer.vocab_size, **shape)

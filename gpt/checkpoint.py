@@ -25,7 +25,7 @@ from .config import GPTConfig, TrainConfig, from_dict, parameter_count, to_dict
 from .data import Split, make_batches
 from .layers import TRILBY, Layers
 from .model import GPT
-from .tokenizer import Tokenizer, tokenizer_from_dict
+from .tokenizers import Tokenizer, tokenizer_from_dict
 from .train import Training, check_device, make_optimizer
 
 FORMAT = 1

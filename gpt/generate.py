@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 
 class LanguageModel(Protocol):

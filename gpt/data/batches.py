@@ -1,36 +1,15 @@
-"""Text to batches: where the text comes from, how it is split, and how chunks of it become x and y.
+"""Ids to batches: how chunks of a text become x and y.
 
 A batch is a pair of (B, T) tensors: `x` is what the model reads and `y[b, t]` is what comes after `x[b, 0..t]`.
 """
 
 from __future__ import annotations
 
-import os
-import pydoc_data.topics
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-TRAIN_SHARE = 0.9
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text and where it is from."""
-
-    source: str
-    content: str
-
-
-class Split(NamedTuple):
-    """The ids of a text, (N) int64: the first nine tenths to train on, the rest to validate with."""
-
-    train: Tensor
-    validation: Tensor
 
 
 class Batches(Protocol):
@@ -44,47 +23,6 @@ class Batches(Protocol):
 
     def restore(self, state: Tensor) -> None:
         """Go on from `state`."""
-
-
-def read_text(path: str | Path) -> Text:
-    """The UTF-8 text in the file at `path`.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is empty, or not UTF-8.
-    """
-    try:
-        content = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    if not content:
-        raise ValueError(f"{path} is empty")
-    return Text(str(path), content)
-
-
-def default_text() -> Text:
-    """The text to train on when none is named, without a network.
-
-    In this order: the file that the environment variable `TRILBY_TEXT` names; tinyshakespeare, if it has been saved
-    as `tinyshakespeare_path()`; the prose of Python's own language reference, which every Python carries.
-    """
-    if os.environ.get("TRILBY_TEXT"):
-        return read_text(os.environ["TRILBY_TEXT"])
-    if tinyshakespeare_path().is_file():
-        return read_text(tinyshakespeare_path())
-    return Text("pydoc_data.topics", "\n\n".join(pydoc_data.topics.topics.values()))
-
-
-def tinyshakespeare_path() -> Path:
-    """Where a user saves tinyshakespeare: `trilby/tinyshakespeare.txt` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trilby" / "tinyshakespeare.txt"
-
-
-def split(ids: list[int] | Tensor) -> Split:
-    """The first nine tenths of `ids`, (N), and the rest."""
-    tokens = torch.as_tensor(ids, dtype=torch.int64)
-    border = int(TRAIN_SHARE * len(tokens))
-    return Split(tokens[:border], tokens[border:])
 
 
 class RandomBatches:
