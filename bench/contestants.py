@@ -170,7 +170,8 @@ def _everything(number: int, tensor: Tensor, name: str) -> Tensor:
 
 
 def _reference_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
-    return reference.attention(query, key, value, is_causal, 1 / math.sqrt(query.shape[-1]))[0]
+    options = reference.AttentionOptions.plain(is_causal, 1 / math.sqrt(query.shape[-1]))
+    return reference.attention(query, key, value, *options)[0]
 
 
 def _reference_layer_norm(

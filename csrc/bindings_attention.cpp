@@ -3,6 +3,7 @@
 // read outside its tensors is checked here again.
 #include "bindings.h"
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -44,8 +45,24 @@ void check_result(const Tensor& tensor, const Tensor& query, const trilby::Atten
                   " must have query's dtype");
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
-                                     double scale) {
+using Maybe = std::optional<Tensor>;
+
+// Whether keys after a query's own are hidden; of what else attention can be asked, these kernels know nothing.
+bool is_causal_alone(const Maybe& mask, const Maybe& alibi_slopes, const Maybe& query_starts, const Maybe& key_starts,
+                     const Maybe& key_lengths, const Maybe& block_table, bool lower_right, int64_t window_left,
+                     int64_t window_right, double softcap, double dropout_p) {
+  STD_TORCH_CHECK(!mask && !alibi_slopes && !query_starts && !key_starts && !key_lengths && !block_table &&
+                      !lower_right && window_left < 0 && window_right <= 0 && softcap == 0.0 && dropout_p == 0.0,
+                  "trilby::attention: the CPU has no kernel for what is asked for");
+  return window_right == 0;
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, Maybe mask,
+                                     Maybe alibi_slopes, Maybe, Maybe query_starts, Maybe key_starts, Maybe key_lengths,
+                                     Maybe block_table, double scale, bool lower_right, int64_t window_left,
+                                     int64_t window_right, double softcap, double dropout_p, int64_t) {
+  const bool is_causal = is_causal_alone(mask, alibi_slopes, query_starts, key_starts, key_lengths, block_table,
+                                         lower_right, window_left, window_right, softcap, dropout_p);
   const auto shape = attention_shape(query, key, value);
   const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
@@ -59,7 +76,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                       const Tensor& value, const Tensor& output,
-                                                      const Tensor& logsumexp, bool is_causal, double scale) {
+                                                      const Tensor& logsumexp, Maybe mask, Maybe alibi_slopes, Maybe,
+                                                      Maybe query_starts, Maybe key_starts, Maybe key_lengths,
+                                                      Maybe block_table, double scale, bool lower_right,
+                                                      int64_t window_left, int64_t window_right, double softcap,
+                                                      double dropout_p, int64_t) {
+  const bool is_causal = is_causal_alone(mask, alibi_slopes, query_starts, key_starts, key_lengths, block_table,
+                                         lower_right, window_left, window_right, softcap, dropout_p);
   const auto shape = attention_shape(query, key, value);
   const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, S = shape.key_length;

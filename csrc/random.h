@@ -1,7 +1,7 @@
 // Random words indexed by position: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
 // 1, 2, 3", SC 2011), the generator of torch's own GPU kernels. A word depends on the seed and on where it is used and
 // on nothing else, so a mask is never stored: the backward computes it again, and every level, thread count and device
-// agrees. reference.py holds the same arithmetic.
+// agrees. kernels/reference/random.py holds the same arithmetic.
 //
 // The word of (plane, row, column), with `group` = column / 64 and `lane` = column % 16:
 //     counter = (group · 16 + lane, low half of row, high half of row, plane),  key = (low half, high half of the seed)

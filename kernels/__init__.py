@@ -1,9 +1,10 @@
 """Fused kernels for the two layers that every GPT repeats: causal-softmax attention and layer norm."""
 
-from .attention import scaled_dot_product_attention
+from .attention import attend, scaled_dot_product_attention
 from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .provider import activate, activated, restore
+from .varlen import varlen_attn
 
 __all__ = [
     "LayerNorm",
@@ -12,9 +13,11 @@ __all__ = [
     "activated",
     "add_layer_norm",
     "add_rms_norm",
+    "attend",
     "keep_memory",
     "layer_norm",
     "restore",
     "rms_norm",
     "scaled_dot_product_attention",
+    "varlen_attn",
 ]

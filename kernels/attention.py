@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
+from . import reference
+from .attention_arguments import Arguments, checked_softcap
 from .ops import reasons_against_device
+from .options import TENSORS, UNBOUNDED, AttentionOptions
+from .seed import draw_seed
 from .shortcut import reasons_of_context, short_way
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +27,7 @@ FEWEST_QUERIES = 32
 # 1.29 (1.06) at 3 million, 1.46 (1.26) at 6; in bfloat16 1.1 (5.7), 1.6 (4.7), 1.8 (8.7).
 FEWEST_MULTIPLICATIONS = 2_000_000
 
-_attention = short_way("attention", tensors=3)
+_attention = short_way("attention", tensors=3 + TENSORS)
 
 
 def reasons_for_pytorch(
@@ -137,5 +141,108 @@ def scaled_dot_product_attention(
         return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    output: Tensor = _attention(query, key, value, is_causal, scale)[0]
+    options = AttentionOptions.plain(is_causal, scale)
+    output: Tensor = _attention(query, key, value, *options)[0]
     return output
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    lower_right: bool | None = None,
+    window_size: tuple[int, int] = (UNBOUNDED, UNBOUNDED),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`scaled_dot_product_attention` with all that PyTorch's has no argument for.
+
+    A score goes through, in this order: scale, softcap, ALiBi, an additive mask. A query that sees no key gets 0. The
+    causal mask and the window are aligned to the first query and key or, `lower_right`, to the last, as a cache of
+    earlier keys wants it. For T = 2 queries and S = 4 keys, is_causal (1 = seen)::
+
+        upper left   lower right
+        1 0 0 0      1 1 1 0
+        1 1 0 0      1 1 1 1
+
+    Args:
+        query: [B, H, T, D]; float32, bfloat16 or float16 for trilby's kernels.
+        key: [B, Hkv, S, D]; query head h reads key head h // (H / Hkv).
+        value: [B, Hkv, S, Dv].
+        attn_mask: Broadcasts to [B, H, T, S]; bool (true is seen), or float32 or query's dtype, added to the scores. It
+            has no gradient here: `scaled_dot_product_attention` gives one.
+        dropout_p: The probability that a weight is dropped. The mask follows from torch's generator
+            (`torch.manual_seed`) and from the place of query and key, and takes no memory.
+        is_causal: Hide from a query every key after its own.
+        scale: What scores are multiplied by; 1/√D by default.
+        lower_right: Which corner is_causal, window_size and alibi_slopes count from. It must be said where the lengths
+            differ: both conventions are in use, and one instead of the other is no error that anything would show.
+        window_size: How many keys before and after its own a query sees; -1: all.
+        softcap: Scores become softcap · tanh(score / softcap); 0: they do not.
+        alibi_slopes: [H] or [B, H] float32: what a score loses for each step between query and key (Press, Smith and
+            Lewis, "Train short, test long", 2022).
+        key_lengths: [B] int32: how many of each batch's keys exist; all by default.
+        block_table: [B, blocks] int32: batch b's keys lie, block after block, in the blocks block_table[b] of key
+            [all blocks, Hkv, block size, D] and of value. It needs key_lengths, and has no gradients.
+        return_logsumexp: Also return the logarithm of the softmax's denominator.
+
+    Returns:
+        [B, H, T, Dv] in query's dtype, laid out in memory as (B, T, H, Dv), and, if asked for, the logsumexp [B, H, T],
+        float32, -inf where a query sees no key, without gradients.
+
+    Raises:
+        TypeError: A dtype that is not allowed.
+        ValueError: Sizes that do not agree, or an alignment that is not said.
+    """
+    arguments = Arguments(query, key, value, key_lengths, block_table)
+    arguments.check()
+    if is_causal:
+        window_size = (window_size[0], 0)
+    positional = window_size != (UNBOUNDED, UNBOUNDED) or alibi_slopes is not None
+    if positional and lower_right is None and (key_lengths is not None or query.shape[2] != key.shape[2]):
+        raise ValueError(f"lower_right was not given, and query's length {query.shape[2]} may differ from the keys'")
+    options = AttentionOptions(
+        mask=arguments.expanded_mask(attn_mask),
+        alibi_slopes=arguments.expanded_slopes(alibi_slopes),
+        seed=draw_seed(dropout_p, query.device),
+        key_lengths=key_lengths,
+        block_table=block_table,
+        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        lower_right=bool(lower_right),
+        window_left=window_size[0],
+        window_right=window_size[1],
+        softcap=checked_softcap(softcap),
+        dropout_p=dropout_p,
+    )
+    output, logsumexp = compute(query, key, value, options)
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def compute(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of checked arguments: by a kernel, or where there is none by what the operator means."""
+    if any(reasons_for_reference(query, key, value, options)):
+        output, logsumexp = reference.attention(query, key, value, *options)
+        return output, logsumexp.detach()
+    results: tuple[Tensor, Tensor] = _attention(query, key, value, *options)
+    return results
+
+
+def reasons_for_reference(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Iterator[str]:
+    """Every reason why no kernel computes a call of `attend` or `varlen_attn`; none: one does."""
+    yield from reasons_of_context()
+    yield from reasons_against_device(query.device)
+    if query.dtype not in KERNEL_DTYPES:
+        yield f"query's dtype is {query.dtype}, not float32, bfloat16 or float16"
+    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD_DIM:
+        yield f"the head dimension is {max(query.shape[-1], value.shape[-1])}, above {LARGEST_HEAD_DIM}"
+    plain = AttentionOptions.plain(options.window_right == 0, options.scale)
+    if query.is_cpu and options != plain:
+        yield "the C++ kernels know nothing but the causal mask yet"

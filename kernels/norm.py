@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ops import reasons_against_device
+from .seed import draw_seed
 from .shortcut import reasons_of_context, short_way
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -168,13 +169,6 @@ def _pytorchs_sum(stream: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
     return stream + (F.dropout(branch, dropout_p) if dropout_p else branch)
 
 
-def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """[1] int64 from torch's generator; none without dropout."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p was {dropout_p}; it is a probability, from 0 to 1")
-    return torch.randint(2**63 - 1, (1,), device=device) if dropout_p else None
-
-
 def add_layer_norm(
     stream: Tensor,
     branch: Tensor,
@@ -213,7 +207,7 @@ def add_layer_norm(
     if _is_small(stream) or reasons_for_pytorch(stream, normalized_shape, weight, bias):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return torch.layer_norm(summed, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled), summed
-    seed = _seed(dropout_p, stream.device)
+    seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)
     results: tuple[Tensor, ...] = _add_norm(stream, branch, weight, bias, seed, dims, True, eps, dropout_p)
     return results[0], results[1]
@@ -252,7 +246,7 @@ def add_rms_norm(
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return torch.rms_norm(summed, normalized_shape, weight, eps), summed
     eps = _rms_eps(eps, stream.dtype)
-    seed = _seed(dropout_p, stream.device)
+    seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)
     results: tuple[Tensor, ...] = _add_norm(stream, branch, weight, None, seed, dims, False, eps, dropout_p)
     return results[0], results[1]

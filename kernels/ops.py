@@ -1,7 +1,7 @@
 """Every trilby:: operator in one table: schema, meaning, fake kernel, autograd.
 
 An operator is defined here and nowhere else. Its kernels come from three places: the C++ extension registers the CPU's,
-`gpu/` the GPU's on first use, and `reference.py` serves every device that neither does.
+`gpu/` the GPU's on first use, and `reference/` serves every device that neither does.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd
 
 from . import native, reference
+from .options import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,14 @@ def _empty_heads_inside(like: Tensor, B: int, H: int, T: int, D: int) -> Tensor:
     return like.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = query.shape
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    B, H, T, _D = query.shape
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
     return _empty_heads_inside(query, B, H, T, value.shape[-1]), query.new_empty(B, H, T, dtype=statistics)
 
 
 def _fake_attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    is_causal: bool,
-    scale: float,
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         _empty_heads_inside(query, *query.shape),
@@ -66,18 +60,28 @@ def _fake_attention_backward(
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    query, key, value, *options = inputs
+    asked = AttentionOptions(*options)
+    for name in ("mask", "alibi_slopes"):
+        tensor = getattr(asked, name)
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, and trilby::attention has none for it")
+    if asked.block_table is not None and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise ValueError("block_table is given, and trilby::attention has no gradients for keys in blocks")
+    ctx.numbers = asked.numbers
+    ctx.save_for_backward(query, key, value, *output, *asked.tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, output, logsumexp, *tensors = ctx.saved_tensors
+    options = *tensors, *ctx.numbers
     if torch.is_grad_enabled():  # the gradients are to be differentiated: by way of what the operator means
-        query, key, value = ctx.saved_tensors[:3]
-        output = reference.attention(query, key, value, ctx.is_causal, ctx.scale)[0]
-        return (*torch.autograd.grad(output, (query, key, value), grad_output, create_graph=True), None, None)
-    gradients = torch.ops.trilby.attention_backward(grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
-    return (*gradients, None, None)
+        meaning = reference.attention(query, key, value, *options)[0]
+        gradients = torch.autograd.grad(meaning, (query, key, value), grad_output, create_graph=True)
+    else:
+        gradients = torch.ops.trilby.attention_backward(grad_output, query, key, value, output, logsumexp, *options)
+    return *gradients, *(None,) * len(options)
 
 
 def _fake_norm(
@@ -177,10 +181,17 @@ def _add_norm_backward(
     return *_norm_gradients(ctx, grad_normalized, grad_summed), *(None,) * 5
 
 
+# As `AttentionOptions` has them.
+ATTENTION_OPTIONS = (
+    "Tensor? mask, Tensor? alibi_slopes, Tensor? seed, Tensor? query_starts, Tensor? key_starts, Tensor? key_lengths, "
+    "Tensor? block_table, float scale, bool lower_right, int window_left, int window_right, float softcap, "
+    "float dropout_p, int longest_query"
+)
+
 OPERATORS = (
     Operator(
         "attention",
-        "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale) -> (Tensor, Tensor)",
+        f"(Tensor query, Tensor key, Tensor value, {ATTENTION_OPTIONS}) -> (Tensor, Tensor)",
         reference.attention,
         _fake_attention,
         _attention_backward,
@@ -189,7 +200,7 @@ OPERATORS = (
     Operator(
         "attention_backward",
         "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
-        "bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+        f"{ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         reference.attention_backward,
         _fake_attention_backward,
     ),

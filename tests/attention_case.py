@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from trilby.kernels.ops import NATIVE
+from trilby.kernels.options import AttentionOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_extension = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to test: {NATIVE.reason}")
@@ -35,6 +36,11 @@ class Case:
         return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
     @property
+    def options(self) -> AttentionOptions:
+        """What the operator is asked for."""
+        return AttentionOptions.plain(self.is_causal, self.factor)
+
+    @property
     def factor(self) -> float:
         """What scores are multiplied by."""
         return 1 / math.sqrt(self.D) if self.scale is None else self.scale
@@ -49,7 +55,7 @@ def pytorch(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
 
 def trilby(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     """The operator itself, whatever the rule that chooses between it and PyTorch's says."""
-    return torch.ops.trilby.attention(query, key, value, case.is_causal, case.factor)[0]
+    return torch.ops.trilby.attention(query, key, value, *case.options)[0]
 
 
 def gradients(output: Tensor, inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Dropout by position: the random words of kernels/reference.py and csrc/random.h, four from one Philox call."""
+"""Dropout by position: the random words of kernels/reference/ and csrc/random.h, four from one Philox call."""
 
 from __future__ import annotations
 

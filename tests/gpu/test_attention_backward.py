@@ -35,11 +35,12 @@ def rival_gradients(query, key, value, grad_output, is_causal, scale):
 def assert_exact(kernels, query, key, value, grad_output, is_causal=False, scale=None, tiles=SMALL):
     """Every gradient as exact as PyTorch's, against float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = reference.AttentionOptions.plain(is_causal, scale)
     ours = gradients(kernels, query, key, value, grad_output, is_causal, scale, tiles)
     rival = rival_gradients(query, key, value, grad_output, is_causal, scale)
     doubles = [tensor.double() for tensor in (query, key, value)]
     truth = reference.attention_backward(
-        grad_output.double(), *doubles, *reference.attention(*doubles, is_causal, scale), is_causal, scale
+        grad_output.double(), *doubles, *reference.attention(*doubles, *options), *options
     )
     for name, one, other, true in zip(("grad_query", "grad_key", "grad_value"), ours, rival, truth):
         assert one.dtype == query.dtype

@@ -1,4 +1,4 @@
-"""The Triton attention kernels compute what kernels/reference.py says, as exactly as PyTorch's own."""
+"""The Triton attention kernels compute what kernels/reference/ says, as exactly as PyTorch's own."""
 
 import pytest
 import torch
@@ -22,15 +22,16 @@ def inputs(B, H, Hkv, T, S, D, Dv=None, dtype=torch.float32, seed=0):
 def assert_exact(kernels, query, key, value, is_causal=False, scale=None, tiles=SMALL):
     """Ours as exact as PyTorch's, against float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = reference.AttentionOptions.plain(is_causal, scale)
     output, logsumexp = kernels.attention(query, key, value, is_causal, scale, tiles=tiles)
-    true_output, true_logsumexp = reference.attention(query.double(), key.double(), value.double(), is_causal, scale)
+    true_output, true_logsumexp = reference.attention(query.double(), key.double(), value.double(), *options)
     rival = F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     assert output.dtype == query.dtype
     assert logsumexp.dtype == torch.float32
     assert_as_exact_as(output, rival, true_output, "output")
-    float32_logsumexp = reference.attention(query.float(), key.float(), value.float(), is_causal, scale)[1]
+    float32_logsumexp = reference.attention(query.float(), key.float(), value.float(), *options)[1]
     assert_as_exact_as(logsumexp, float32_logsumexp, true_logsumexp, "logsumexp")
 
 

@@ -1,4 +1,4 @@
-"""The Triton norm kernels compute what kernels/reference.py says, as exactly as PyTorch's own."""
+"""The Triton norm kernels compute what kernels/reference/ says, as exactly as PyTorch's own."""
 
 import pytest
 import torch

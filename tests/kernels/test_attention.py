@@ -1,6 +1,7 @@
 """Attention on the CPU: exact at every edge, on every instruction-set level, forward and backward."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ EDGES = {
 def assert_exact(case: Case, inputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor) -> None:
     """Output, logsumexp and every gradient obey the rule of `tolerance`."""
     exact_inputs = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-    truth, truth_logsumexp = reference.attention(*exact_inputs, case.is_causal, case.factor)
+    truth, truth_logsumexp = reference.attention(*exact_inputs, *case.options)
     rival, ours = pytorch(*inputs, case), trilby(*inputs, case)
     assert_as_exact_as(ours, rival, truth, "output")
-    logsumexp = torch.ops.trilby.attention(*inputs, case.is_causal, case.factor)[1]
-    rounded = reference.attention(*(tensor.detach().float() for tensor in inputs), case.is_causal, case.factor)[1]
+    logsumexp = torch.ops.trilby.attention(*inputs, *case.options)[1]
+    rounded = reference.attention(*(tensor.detach().float() for tensor in inputs), *case.options)[1]
     assert_as_exact_as(logsumexp, rounded, truth_logsumexp, "logsumexp")
     for name, our_gradient, rival_gradient, true_gradient in zip(
         ("grad_query", "grad_key", "grad_value"),
@@ -213,7 +214,7 @@ def test_scores_of_a_hundred_thousand_neither_overflow_nor_vanish(dtype: torch.d
 
 def test_a_query_without_keys_gives_zero_and_minus_infinity(level: str) -> None:
     query, value = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 0, 8)
-    output, logsumexp = torch.ops.trilby.attention(query, value, value, False, 1.0)
+    output, logsumexp = torch.ops.trilby.attention(query, value, value, *reference.AttentionOptions.plain(False, 1.0))
     assert torch.equal(output, torch.zeros(1, 1, 4, 8))
     assert torch.equal(logsumexp, torch.full((1, 1, 4), -torch.inf))
 
@@ -222,7 +223,7 @@ def test_a_query_without_keys_gives_zero_and_minus_infinity(level: str) -> None:
 def test_empty_batches_give_empty_results(sizes: tuple[int, ...], level: str) -> None:
     B, H, T, S, D = sizes
     inputs = Case(B, H, H, T, S, D, D).inputs(torch.float32)
-    output = torch.ops.trilby.attention(*inputs, True, 1.0)[0]
+    output = torch.ops.trilby.attention(*inputs, *reference.AttentionOptions.plain(True, 1.0))[0]
     assert output.shape == (B, H, T, D)
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), inputs), inputs):
         assert torch.equal(gradient, torch.zeros_like(tensor))
@@ -321,7 +322,7 @@ def test_what_would_be_read_outside_is_refused_by_name(wrong: dict[str, Tensor],
     right |= {"key": torch.randn(1, 2, 5, 8), "value": torch.randn(1, 2, 5, 8)}
     right |= {"output": torch.randn(1, 2, 4, 8), "logsumexp": torch.randn(1, 2, 4)}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.trilby.attention_backward(*(right | wrong).values(), True, 1.0)
+        torch.ops.trilby.attention_backward(*(right | wrong).values(), *reference.AttentionOptions.plain(True, 1.0))
 
 
 class TestMutants:
@@ -330,13 +331,13 @@ class TestMutants:
     CASE = Case(1, 2, 2, 70, 70, 32, 32)
 
     def judge(self, query: Tensor, key: Tensor, value: Tensor, mutant: Tensor) -> None:
-        truth = reference.attention(query.double(), key.double(), value.double(), True, self.CASE.factor)[0]
+        truth = reference.attention(query.double(), key.double(), value.double(), *self.CASE.options)[0]
         assert_as_exact_as(mutant, pytorch(query, key, value, self.CASE), truth, "mutant")
 
     def test_the_scale_dropped(self) -> None:
         inputs = self.CASE.inputs(torch.float32)
         with pytest.raises(AssertionError, match="mutant: error"):
-            self.judge(*inputs, torch.ops.trilby.attention(*inputs, True, 1.0)[0])
+            self.judge(*inputs, torch.ops.trilby.attention(*inputs, *reference.AttentionOptions.plain(True, 1.0))[0])
 
     def test_the_mask_shifted_by_one(self) -> None:
         query, key, value = self.CASE.inputs(torch.float32)
@@ -348,12 +349,12 @@ class TestMutants:
     def test_the_mask_dropped(self) -> None:
         inputs = self.CASE.inputs(torch.float32)
         with pytest.raises(AssertionError, match="mutant: error"):
-            self.judge(*inputs, torch.ops.trilby.attention(*inputs, False, self.CASE.factor)[0])
+            self.judge(*inputs, trilby(*inputs, replace(self.CASE, is_causal=False)))
 
     def test_float32_inputs_multiplied_in_bfloat16(self) -> None:
         inputs = self.CASE.inputs(torch.float32)
         halves = tuple(tensor.bfloat16() for tensor in inputs)
-        mutant = torch.ops.trilby.attention(*halves, True, self.CASE.factor)[0].float()
+        mutant = torch.ops.trilby.attention(*halves, *self.CASE.options)[0].float()
         with pytest.raises(AssertionError, match="mutant: error"):
             self.judge(*inputs, mutant)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from attention_case import DTYPES, Case, needs_extension, pytorch, trilby
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import scaled_dot_product_attention
+from trilby.kernels import reference, scaled_dot_product_attention
 from trilby.kernels.attention import reasons_for_pytorch
 
 CASE = Case(2, 4, 4, 100, 100, 32, 32)
@@ -122,5 +122,8 @@ def test_compiled_whole_it_equals_eager() -> None:
 def test_the_operator_keeps_torchs_contract(dtype: torch.dtype) -> None:
     """Schema, autograd registration, fake kernel and compiled autograd, as torch.library checks them."""
     torch.library.opcheck(
-        torch.ops.trilby.attention, (*Case(2, 4, 2, 9, 7, 8, 8).inputs(dtype), True, 0.3), atol=0.02, rtol=0.02
+        torch.ops.trilby.attention,
+        (*Case(2, 4, 2, 9, 7, 8, 8).inputs(dtype), *reference.AttentionOptions.plain(True, 0.3)),
+        atol=0.02,
+        rtol=0.02,
     )

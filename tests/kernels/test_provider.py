@@ -35,7 +35,7 @@ def test_attention_is_as_exact_as_pytorchs(level, dtype, layout, is_causal):
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
     def meaning(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return reference.attention(query, key, value, is_causal, 32**-0.5)[0]
+        return reference.attention(query, key, value, *reference.AttentionOptions.plain(is_causal, 32**-0.5))[0]
 
     assert_exact(attend, meaning, inputs)
 
@@ -45,7 +45,7 @@ def test_grouped_heads_a_scale_and_more_keys_than_queries(level):
     key, value = (heads_inside(2, 2, 130, 32, torch.float32) for _ in range(2))
     assert_exact(
         lambda *inputs: F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True),
-        lambda *inputs: reference.attention(*inputs, True, 0.3)[0],
+        lambda *inputs: reference.attention(*inputs, *reference.AttentionOptions.plain(True, 0.3))[0],
         (query, key, value),
     )
 

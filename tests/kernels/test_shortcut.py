@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from trilby.kernels import scaled_dot_product_attention
+from trilby.kernels import reference, scaled_dot_product_attention
 from trilby.kernels.ops import NATIVE
 from trilby.kernels.shortcut import is_ordinary, short_way
 
@@ -61,8 +61,8 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
 
 
 def test_both_ways_give_the_same_bits() -> None:
-    arguments = (*inputs(requires_grad=True), True, 0.2)
-    short, full = short_way("attention", 3)(*arguments)[0], torch.ops.trilby.attention(*arguments)[0]
+    arguments = (*inputs(requires_grad=True), *reference.AttentionOptions.plain(True, 0.2))
+    short, full = short_way("attention", 10)(*arguments)[0], torch.ops.trilby.attention(*arguments)[0]
     assert torch.equal(short, full)
     for a, b in zip(*(torch.autograd.grad(output.square().sum(), arguments[:3]) for output in (short, full))):
         assert torch.equal(a, b)

@@ -1,0 +1,131 @@
+"""What callers pass to attention, checked, and brought to the form that the operator takes.
+
+Every error names the argument, what it was, and what is allowed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The tensors that decide a call's sizes.
+
+    Attributes:
+        query: [B, H, T, D].
+        key: [B, Hkv, S, D], or [all blocks, Hkv, block size, D].
+        value: [B, Hkv, S, Dv], or [all blocks, Hkv, block size, Dv].
+        key_lengths: [N] int32.
+        block_table: [N, blocks] int32.
+        sequences: N; none: one for each batch.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_lengths: Tensor | None = None
+    block_table: Tensor | None = None
+    sequences: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many sequences there are, N."""
+        return self.query.shape[0] if self.sequences is None else self.sequences
+
+    def check(self) -> None:
+        """Refuse what the kernels would compute wrongly.
+
+        Raises:
+            TypeError, ValueError: As `attend` says.
+        """
+        query, key, value = self.query, self.key, self.value
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; 4 dimensions, [B, H, T, D], are needed")
+            if tensor.dtype != query.dtype or not tensor.is_floating_point():
+                raise TypeError(f"{name} is {tensor.dtype} and query {query.dtype}; all must be of one floating dtype")
+            if tensor.device != query.device:
+                raise ValueError(f"{name} is on {tensor.device}, and query on {query.device}")
+        B, H, _, D = query.shape
+        heads, S = key.shape[1:3]
+        batches = key.shape[0] if self.block_table is not None or self.sequences is not None else B
+        if key.shape[0] != batches or key.shape[3] != D:
+            raise ValueError(f"key has shape {tuple(key.shape)}; it must be {(batches, heads, S, D)}")
+        if value.shape[:3] != key.shape[:3]:
+            raise ValueError(f"value has shape {tuple(value.shape)}; it must be {(*key.shape[:3], value.shape[3])}")
+        if H % heads if heads else H:
+            raise ValueError(f"query has {H} heads; they must be a multiple of key's {heads}")
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if self.key_lengths is not None:
+            check_integers("key_lengths", self.key_lengths, (self.count,), self.query.device)
+        if self.block_table is not None:
+            check_integers("block_table", self.block_table, (self.count, self.block_table.shape[-1]), self.query.device)
+            if self.key_lengths is None:
+                raise ValueError("block_table was given without key_lengths; how many keys there are must be said")
+
+    def expanded_mask(self, mask: Tensor | None) -> Tensor | None:
+        """`mask` as [B, H, T, S].
+
+        Raises:
+            TypeError, ValueError: It is of another dtype, or does not broadcast, or requires a gradient.
+        """
+        if mask is None:
+            return None
+        if self.block_table is not None:
+            raise ValueError("attn_mask was given with block_table; keys in blocks have no places for a mask")
+        if mask.dtype not in (torch.bool, torch.float32, self.query.dtype):
+            raise TypeError(f"attn_mask is {mask.dtype}; torch.bool, torch.float32 or {self.query.dtype} is needed")
+        if mask.requires_grad:
+            raise ValueError("attn_mask requires a gradient; scaled_dot_product_attention gives one")
+        B, H, T, _ = self.query.shape
+        size = B, H, T, self.key.shape[2]
+        try:
+            return mask.expand(size)
+        except RuntimeError:
+            raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {size}") from None
+
+    def expanded_slopes(self, slopes: Tensor | None) -> Tensor | None:
+        """`slopes` as [N, H].
+
+        Raises:
+            TypeError, ValueError: They are not float32, of another size, or require a gradient.
+        """
+        if slopes is None:
+            return None
+        if slopes.dtype != torch.float32:
+            raise TypeError(f"alibi_slopes is {slopes.dtype}; it must be torch.float32")
+        if slopes.requires_grad:
+            raise ValueError("alibi_slopes requires a gradient; it must not")
+        H = self.query.shape[1]
+        if slopes.shape not in ((H,), (self.count, H)):
+            raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}; it must be {(H,)} or {(self.count, H)}")
+        return slopes.expand(self.count, H)
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse what is not an int32 tensor of `shape` on `device`.
+
+    Raises:
+        TypeError, ValueError: As said.
+    """
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be torch.int32")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, and query on {device}")
+
+
+def checked_softcap(softcap: float) -> float:
+    """`softcap`.
+
+    Raises:
+        ValueError: It is negative or no number.
+    """
+    if not softcap >= 0.0:
+        raise ValueError(f"softcap was {softcap}; it must be 0 (none) or more")
+    return softcap
