@@ -4,9 +4,10 @@ from .bigram import Bigram
 from .checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
 from .data import Split, Text, default_text, read_text, split
-from .generate import GREEDY, Sampling, generate, stream, stream_text
+from .generate import generate, generate_texts, stream, stream_text
 from .layers import PYTORCH, TRILBY, Layers
 from .model import GPT
+from .sampling import GREEDY, Sampling
 from .tokenizers import (
     BytePairTokenizer,
     CharTokenizer,
@@ -46,6 +47,7 @@ __all__ = [
     "encode_documents",
     "evaluate",
     "generate",
+    "generate_texts",
     "parameter_count",
     "read_text",
     "save_checkpoint",

@@ -14,8 +14,9 @@ from trilby import kernels
 from . import data
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
-from .generate import Sampling, encode_prompt, stream_text
+from .generate import encode_prompt, stream_text
 from .progress import progress
+from .sampling import Sampling
 from .tokenizers import NAMES, encode_documents, make_tokenizer
 from .train import Training
 

@@ -1,15 +1,32 @@
-"""Text from a model: one token at a time, each drawn from what the model expects after all before it."""
+"""Text from a model: one token at a time, each drawn from what the model expects after all before it.
+
+A model reads no more than `block_size` tokens at once. What it reads of a longer text is decided by the length of that
+text alone, never by how it is computed, so a cache changes no token; `slide` = 3, `block_size` = 8::
+
+    text of  8   a b c d e f g h
+    text of  9         d e f g h i          the context begins 3 tokens later,
+    text of 10         d e f g h i j
+    text of 11         d e f g h i j k
+    text of 12               g h i j k l    and again
+
+`slide` = 1 always reads the last `block_size` tokens, as nanoGPT does. But positions are learned as counted from the
+start of the context, so when it moves, every key and value in it is another, and the whole context must be read anew. A
+larger `slide` reads a little less, and seldom anew: with half of `block_size`, a token costs about two on average, and
+not hundreds.
+"""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from .cache import Cache
+from .sampling import PLAIN, Sampling, draw
 from .tokenizers import Tokenizer
 
 
@@ -24,78 +41,97 @@ class LanguageModel(Protocol):
         """Logits (B, T, V) of the token after each of `tokens` (B, T)."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits; the defaults draw from the model's own distribution.
+@runtime_checkable
+class CachingModel(Protocol):
+    """A model that need not read what it has read before: a `GPT`."""
 
-    Raises ValueError for a temperature below 0, a top_k below 1 or a top_p outside of (0, 1].
-    """
+    @property
+    def block_size(self) -> int:
+        """The longest context that it reads."""
 
-    temperature: float = 1.0  # below 1 sharper, above 1 flatter; 0 is greedy: always the likeliest token
-    top_k: int | None = None  # only the k likeliest tokens
-    top_p: float | None = None  # only the fewest tokens that are together as likely as p (nucleus sampling)
+    def next_logits(self, tokens: Tensor, cache: Cache, counts: Tensor | None = None) -> Tensor:
+        """Logits (B, V) of the token after the first `counts`, (B), of `tokens` (B, T), which follow those cached."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+    def make_cache(self, batch_size: int, size: int) -> Cache:
+        """An empty cache."""
 
 
-GREEDY = Sampling(temperature=0.0)
+class Texts:
+    """B texts that grow by a token each at a time, and the context that a model reads of each."""
+
+    def __init__(self, texts: Sequence[Tensor], block_size: int | None, slide: int) -> None:
+        self.tokens = pad_sequence(list(texts), batch_first=True)  # (B, at least the longest)
+        self.lengths = [len(text) for text in texts]
+        self.are_equally_long = min(self.lengths) == max(self.lengths)
+        self.newest: Tensor | None = None  # (B, 1), of each
+        self.block_size = block_size
+        self.slide = slide
+
+    def append(self, token: Tensor) -> None:
+        """One more token, (B, 1), for each text."""
+        if max(self.lengths) == self.tokens.shape[1]:
+            self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)], dim=1)
+        if self.are_equally_long:
+            self.tokens[:, self.lengths[0]] = token[:, 0]
+        else:
+            self.tokens[torch.arange(len(token)), self.lengths] = token[:, 0]
+        self.lengths = [length + 1 for length in self.lengths]
+        self.newest = token
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the context of each begins."""
+        return [context_start(length, self.block_size, self.slide) for length in self.lengths]
+
+    def contexts(self) -> tuple[Tensor, Tensor | None]:
+        """The contexts, (B, T), and how long each is, (B), the rest of a row being padding; None: all are T long."""
+        starts = self.starts
+        if self.are_equally_long:
+            return self.tokens[:, starts[0] : self.lengths[0]], None
+        rows = [row[start:length] for row, start, length in zip(self.tokens, starts, self.lengths)]
+        return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows], device=rows[0].device)
 
 
-def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution, (B, V), that the next token is drawn from, given the `logits` (B, V).
-
-    In this order: temperature, top-k, top-p. Equally likely tokens at the border of top-k all stay; of those at the
-    border of top-p, the ones with lower ids. Greedy puts everything on the first of the likeliest tokens.
-    """
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = logits.softmax(dim=1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, ids = probabilities.sort(dim=1, descending=True, stable=True)
-        before = ordered.cumsum(dim=1) - ordered  # how much is likelier than each
-        kept = torch.where(before < sampling.top_p, ordered, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(1, ids, kept)
-        probabilities /= probabilities.sum(dim=1, keepdim=True)
-    return probabilities
+def context_start(length: int, block_size: int | None, slide: int) -> int:
+    """The first token that is read of a text of `length` tokens: the drawing above."""
+    excess = 0 if block_size is None else max(0, length - block_size)
+    return -(-excess // slide) * slide
 
 
 def stream(
     model: LanguageModel,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[Tensor],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     generator: torch.Generator | None = None,
+    *,
+    slide: int = 1,
+    use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield each new token, (B, 1), as soon as it is there.
 
     Args:
         model: In evaluation mode, if it has dropout.
-        tokens: (B, T) int64, T ≥ 1; of more than the model's `block_size`, it reads the last.
-        max_new_tokens: How many.
+        tokens: (B, T) int64, T ≥ 1; or B texts of any lengths, (T) each.
+        max_new_tokens: How many, for each text.
         sampling: How.
         generator: What to draw from; PyTorch's global one, if None.
+        slide: By how many tokens the context moves when it is full, from 1 to the model's `block_size`: see above.
+        use_cache: Keep keys and values, if the model can; the tokens are the same without, and come later.
 
     Raises:
-        ValueError: `tokens` is not (B, T) with at least one position.
+        ValueError: `tokens` is not (B, T), or not texts of (T), with at least one token each; or `slide` is no number
+            of tokens by which the context could move.
     """
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, T) with T at least 1")
+    most = model.block_size
+    if slide < 1 or (most is not None and slide > most):
+        raise ValueError(f"slide is {slide}; it must be at least 1 and at most block_size, {most}")
+    texts = Texts(_check_texts(tokens), most, slide)
+    read = _reader(model, texts, max_new_tokens, use_cache)
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            context = tokens if model.block_size is None else tokens[:, -model.block_size :]
-            probabilities = next_token_probabilities(model(context)[:, -1].float(), sampling)
-            token = torch.multinomial(probabilities, num_samples=1, generator=generator)
-        tokens = torch.cat([tokens, token], dim=1)
+            token = draw(read().float(), sampling, generator)
+        texts.append(token)
         yield token
 
 
@@ -103,11 +139,31 @@ def generate(
     model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     generator: torch.Generator | None = None,
+    *,
+    slide: int = 1,
+    use_cache: bool = True,
 ) -> Tensor:
     """`tokens` (B, T) and what follows them, (B, T + max_new_tokens); see `stream`."""
-    return torch.cat([tokens, *stream(model, tokens, max_new_tokens, sampling, generator)], dim=1)
+    new = stream(model, tokens, max_new_tokens, sampling, generator, slide=slide, use_cache=use_cache)
+    return torch.cat([tokens, *new], dim=1)
+
+
+def generate_texts(
+    model: LanguageModel,
+    texts: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling = PLAIN,
+    generator: torch.Generator | None = None,
+    *,
+    slide: int = 1,
+    use_cache: bool = True,
+) -> list[Tensor]:
+    """Each of `texts`, (T) for whatever T, and what follows it, (T + max_new_tokens), as one batch; see `stream`."""
+    new = stream(model, texts, max_new_tokens, sampling, generator, slide=slide, use_cache=use_cache)
+    following = torch.cat([texts[0].new_empty(len(texts), 0), *new], dim=1)
+    return [torch.cat(pair) for pair in zip(texts, following)]
 
 
 def stream_text(
@@ -115,12 +171,15 @@ def stream_text(
     tokenizer: Tokenizer,
     prompt: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     generator: torch.Generator | None = None,
+    *,
+    slide: int = 1,
+    use_cache: bool = True,
 ) -> Iterator[str]:
     """Yield the text after `prompt`, (1, T), in pieces: one a token, but whole characters only."""
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in stream(model, prompt, max_new_tokens, sampling, generator):
+    for token in stream(model, prompt, max_new_tokens, sampling, generator, slide=slide, use_cache=use_cache):
         yield utf8.decode(tokenizer.decode_bytes([int(token)]))
     yield utf8.decode(b"", final=True)
 
@@ -136,3 +195,35 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
     if not ids:
         raise ValueError("prompt is empty, and this tokenizer has no token to start from; give at least a character")
     return torch.tensor([ids])
+
+
+def _check_texts(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tokens, Tensor) and (tokens.ndim != 2 or tokens.shape[1] == 0):
+        raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, T) with T at least 1")
+    if any(text.ndim != 1 or len(text) == 0 for text in tokens) or len(tokens) == 0:
+        raise ValueError(f"tokens is {[tuple(text.shape) for text in tokens]}; it must be (T) each, T at least 1")
+    return list(tokens)
+
+
+def _reader(model: LanguageModel, texts: Texts, max_new_tokens: int, use_cache: bool) -> Callable[[], Tensor]:
+    """A function that has the model read what is there of `texts`, and returns the logits (B, V) of what follows."""
+    if not (use_cache and isinstance(model, CachingModel)):
+        return lambda: _last(model(texts.contexts()[0]), texts.contexts()[1])
+    longest = max(texts.lengths) + max_new_tokens
+    cache = model.make_cache(len(texts.lengths), min(model.block_size, longest))
+    starts: list[int] = []  # of the contexts in the cache, which has all of them but the newest token
+
+    def read_on() -> Tensor:
+        nonlocal starts
+        if texts.newest is not None and starts == texts.starts:
+            return model.next_logits(texts.newest, cache)
+        starts = texts.starts
+        cache.clear()
+        tokens, counts = texts.contexts()
+        return model.next_logits(tokens, cache, counts)
+
+    return read_on
+
+
+def _last(logits: Tensor, counts: Tensor | None) -> Tensor:
+    return logits[:, -1] if counts is None else logits[torch.arange(len(counts), device=logits.device), counts - 1]

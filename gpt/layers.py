@@ -15,29 +15,37 @@ from torch import Tensor
 from trilby import kernels
 
 
+def _cached_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+    T, S = query.shape[2], key.shape[2]
+    if key_lengths is None and T in (1, S):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=T > 1)
+    places = torch.arange(S, device=key.device)
+    last = places[S - T :, None] if key_lengths is None else (key_lengths[:, None] + places[:T] - T)[:, None, :, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=places <= last)
+
+
 @dataclass(frozen=True)
 class Layers:
     """Functions with these signatures and meanings:
 
     - `attention(query, key, value, *, dropout_p, is_causal)`: `F.scaled_dot_product_attention`.
-    - `cached_attention(query, key, value, key_lengths)`: the last T of S tokens, (B, H, T, D), look at themselves and at
-      what came before, (B, H, S, D). With `key_lengths`, (B), only so many keys of each sequence exist, and the queries
-      are the last T of those. T = 2, S = 5; in a sequence of 5 and one of 4 (1 = seen)::
-
-          1 1 1 1 0          1 1 1 0 0
-          1 1 1 1 1          1 1 1 1 0
-
-    - `linear(input, weight, bias)`: `F.linear`.
     - `layer_norm(input, normalized_shape, weight, bias, eps)`: `F.layer_norm`.
     - `add_layer_norm(stream, branch, normalized_shape, weight, bias, eps, dropout_p)` returns
       `(normalized, summed)`, where `summed = stream + dropout(branch)` and `normalized = layer_norm(summed)`.
+    - `linear(input, weight, bias)`: `F.linear`.
+    - `cached_attention(query, key, value, key_lengths)`: the last T of S tokens, (B, H, T, D), look at themselves and
+      at what came before, (B, H, S, D). With `key_lengths`, (B), only so many keys of each sequence exist, and the
+      queries are the last T of those. T = 2, S = 5; in a sequence of 5 and one of 4 (1 = seen)::
+
+          1 1 1 1 0          1 1 1 0 0
+          1 1 1 1 1          1 1 1 1 0
     """  # noqa: D415
 
     attention: Callable[..., Tensor]
-    cached_attention: Callable[..., Tensor]
-    linear: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    linear: Callable[..., Tensor] = F.linear
+    cached_attention: Callable[..., Tensor] = _cached_attention
 
 
 def _dropout_add_and_norm(
@@ -55,27 +63,14 @@ def _dropout_add_and_norm(
     return F.layer_norm(summed, normalized_shape, weight, bias, eps), summed
 
 
-def _masked_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-    T, S = query.shape[2], key.shape[2]
-    if key_lengths is None and T in (1, S):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=T > 1)
-    places = torch.arange(S, device=key.device)
-    last = places[S - T :, None] if key_lengths is None else (key_lengths[:, None] + places[:T] - T)[:, None, :, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=places <= last)
-
-
 TRILBY = Layers(
     attention=kernels.scaled_dot_product_attention,
-    cached_attention=_masked_attention,
-    linear=F.linear,
     layer_norm=kernels.layer_norm,
     add_layer_norm=kernels.add_layer_norm,
 )
 
 PYTORCH = Layers(
     attention=F.scaled_dot_product_attention,
-    cached_attention=_masked_attention,
-    linear=F.linear,
     layer_norm=F.layer_norm,
     add_layer_norm=_dropout_add_and_norm,
 )

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 from trilby.gpt import GPT, GREEDY, Bigram, CharTokenizer, Sampling, generate, stream, stream_text
-from trilby.gpt.generate import encode_prompt, next_token_probabilities
+from trilby.gpt.generate import encode_prompt
+from trilby.gpt.sampling import next_token_probabilities
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
 ALL = [0, 1, 2, 3]
