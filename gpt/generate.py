@@ -161,9 +161,8 @@ def generate_texts(
     use_cache: bool = True,
 ) -> list[Tensor]:
     """Each of `texts`, (T) for whatever T, and what follows it, (T + max_new_tokens), as one batch; see `stream`."""
-    new = stream(model, texts, max_new_tokens, sampling, generator, slide=slide, use_cache=use_cache)
-    following = torch.cat([texts[0].new_empty(len(texts), 0), *new], dim=1)
-    return [torch.cat(pair) for pair in zip(texts, following)]
+    new = list(stream(model, texts, max_new_tokens, sampling, generator, slide=slide, use_cache=use_cache))
+    return [torch.cat([text, *(token[row] for token in new)]) for row, text in enumerate(texts)]
 
 
 def stream_text(

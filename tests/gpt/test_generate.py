@@ -1,76 +1,11 @@
-"""Generation: which tokens may follow and how likely, the same from the same seed, whole characters only."""
+"""Generation: the same tokens with a cache as without, from the same seed, whole characters only."""
 
 import itertools
 
 import pytest
 import torch
-from trilby.gpt import GPT, GREEDY, Bigram, CharTokenizer, Sampling, generate, stream, stream_text
-from trilby.gpt.generate import encode_prompt
-from trilby.gpt.sampling import next_token_probabilities
-
-LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-ALL = [0, 1, 2, 3]
-
-
-def probabilities(**sampling):
-    return next_token_probabilities(LOGITS, Sampling(**sampling))[0]
-
-
-def test_by_default_it_draws_from_the_models_own_distribution():
-    assert torch.equal(probabilities(), LOGITS[0].softmax(0))
-
-
-def test_greedy_is_certain_of_the_likeliest():
-    assert probabilities(temperature=0).tolist() == [0, 1, 0, 0]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_divides_the_logits(temperature):
-    assert torch.equal(probabilities(temperature=temperature), (LOGITS[0] / temperature).softmax(0))
-
-
-@pytest.mark.parametrize(
-    ("top_k", "kept"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
-)
-def test_top_k_keeps_the_k_likeliest(top_k, kept):
-    expected = torch.zeros(4)
-    expected[kept] = LOGITS[0, kept].softmax(0)
-    torch.testing.assert_close(probabilities(top_k=top_k), expected)
-
-
-# softmax of the logits: 0.644 for token 1, 0.237 for 3, 0.087 for 2, 0.032 for 0
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.6, [1]), (0.7, [1, 3]), (0.9, [1, 2, 3]), (0.99, [0, 1, 2, 3]), (1, [0, 1, 2, 3])]
-)
-def test_top_p_keeps_the_fewest_that_make_up_p(top_p, kept):
-    expected = torch.zeros(4)
-    expected[kept] = LOGITS[0, kept].softmax(0)
-    torch.testing.assert_close(probabilities(top_p=top_p), expected)
-
-
-def test_rows_are_independent():
-    logits = torch.randn(5, 30)
-    sampling = Sampling(temperature=0.7, top_k=10, top_p=0.8)
-    rows = torch.cat([next_token_probabilities(row[None], sampling) for row in logits])
-    torch.testing.assert_close(next_token_probabilities(logits, sampling), rows)
-
-
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}]
-)
-def test_what_cannot_be_drawn_is_refused_by_name(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
-        Sampling(**values)
-
-
-def test_draws_follow_the_distribution():
-    model = Bigram(4)
-    model.token_embedding_table.weight.data[:] = LOGITS
-    tokens = generate(model, torch.zeros(20_000, 1, dtype=torch.int64), 1, generator=torch.Generator().manual_seed(0))
-    share = tokens[:, 1].bincount(minlength=4) / len(tokens)
-    expected = LOGITS[0].softmax(0)
-    deviation = (expected * (1 - expected) / len(tokens)).sqrt()
-    assert ((share - expected).abs() < 4 * deviation).all()  # four standard deviations of a share
+from trilby.gpt import GPT, GREEDY, CharTokenizer, Sampling, generate, generate_texts, stream, stream_text
+from trilby.gpt.generate import context_start, encode_prompt
 
 
 def test_a_seed_decides_and_the_global_generator_is_left_alone(config):
@@ -91,6 +26,52 @@ def test_greedy_takes_the_argmax_of_the_last_block_of_tokens(config):
         following = model(tokens[:, -config.block_size :])[:, -1].argmax(dim=1, keepdim=True)
         tokens = torch.cat([tokens, following], dim=1)
     assert torch.equal(generated, tokens)
+
+
+WAYS = [GREEDY, Sampling(), Sampling(temperature=0.7, top_k=10), Sampling(top_p=0.8)]
+
+
+@pytest.mark.parametrize("slide", [1, 5, 16])
+@pytest.mark.parametrize("sampling", WAYS, ids=str)
+def test_a_cache_changes_no_token(config, sampling, slide):
+    model, tokens = GPT(config).eval(), torch.randint(config.vocab_size, (2, 5))
+    with_cache, without = (
+        generate(model, tokens, 40, sampling, torch.Generator().manual_seed(7), slide=slide, use_cache=use_cache)
+        for use_cache in (True, False)  # 45 tokens, of which block_size is 16
+    )
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("slide", [1, 8])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_text_goes_on_alike_alone_and_among_others(config, slide, use_cache):
+    model = GPT(config).eval()
+    texts = [torch.randint(config.vocab_size, (length,)) for length in (1, 15, 6, 30)]
+    together = generate_texts(model, texts, 30, GREEDY, slide=slide, use_cache=use_cache)
+    for text, continued in zip(texts, together):
+        assert torch.equal(continued, generate(model, text[None], 30, GREEDY, slide=slide)[0])
+
+
+def test_each_token_is_read_once(config):
+    """What a cache is for: after the prompt, the model is given one token at a time."""
+    model, read = GPT(config).eval(), []
+    model.transformer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    generate(model, torch.zeros(1, 4, dtype=torch.int64), 12, GREEDY)
+    assert read == [4] + [1] * 11
+
+
+@pytest.mark.parametrize(
+    ("length", "slide", "start"), [(8, 1, 0), (9, 1, 1), (20, 1, 12), (8, 3, 0), (9, 3, 3), (11, 3, 3), (12, 3, 6)]
+)
+def test_where_a_context_begins_follows_from_the_length_alone(length, slide, start):
+    assert context_start(length, 8, slide) == start
+    assert context_start(length, None, slide) == 0
+
+
+@pytest.mark.parametrize("length", range(1, 60))
+@pytest.mark.parametrize("slide", [1, 7, 8])
+def test_a_context_is_never_empty_nor_too_long(length, slide):
+    assert 1 <= length - context_start(length, 8, slide) <= 8
 
 
 def test_a_stream_gives_every_token_as_soon_as_it_is_there(config):
@@ -144,3 +125,15 @@ def test_a_prompt_is_a_document_of_its_own():
 def test_tokens_to_start_from_are_needed(config, shape):
     with pytest.raises(ValueError, match="tokens is"):
         generate(GPT(config), torch.zeros(shape, dtype=torch.int64), 1)
+
+
+def test_texts_to_start_from_are_needed(config):
+    for texts in ([], [torch.zeros(2, 2, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]):
+        with pytest.raises(ValueError, match="tokens is"):
+            generate_texts(GPT(config), texts, 1)
+
+
+@pytest.mark.parametrize("slide", [0, 17])
+def test_a_context_slides_by_some_of_its_tokens(config, slide):
+    with pytest.raises(ValueError, match=f"slide is {slide}; it must be at least 1 and at most block_size, 16"):
+        generate(GPT(config), torch.zeros(1, 1, dtype=torch.int64), 1, slide=slide)
