@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from .config import GPTConfig, TrainConfig, from_dict, parameter_count, to_dict
 from .data import Split, make_batches
 from .layers import TRILBY, Layers
 from .model import GPT
+from .tensor_file import reading, write
 from .tokenizers import Tokenizer, tokenizer_from_dict
 from .train import Training, check_device, make_optimizer
 
@@ -59,7 +58,7 @@ class Checkpoint:
             ImportError: safetensors is not installed.
         """
         path = Path(path)
-        with _reading(path) as file:
+        with reading(path, CheckpointError) as file:
             checkpoint = cls(path=path, **_header(path, file.metadata()))
             _check_tensors(file, checkpoint)
         return checkpoint
@@ -70,7 +69,7 @@ class Checkpoint:
 
     def make_model(self, layers: Layers = TRILBY, device: str = "cpu") -> GPT:
         """The model, with its weights, ready to generate."""
-        with _reading(self.path) as file:
+        with reading(self.path, CheckpointError) as file:
             return self._load_model(file, layers).to(check_device(device)).eval()
 
     def resume(self, tokens: Split, layers: Layers = TRILBY) -> Training:
@@ -83,7 +82,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} was trained on another text than the one it is to go on with")
         config, device = self.train, check_device(self.train.device)
         batches = make_batches(config.sampler, tokens.train, config.batch_size, self.model.block_size, config.seed)
-        with _reading(self.path) as file:
+        with reading(self.path, CheckpointError) as file:
             model = self._load_model(file, layers).to(device)
             optimizer = make_optimizer(model, config)
             if self.steps_done:
@@ -134,7 +133,7 @@ def save_checkpoint(path: str | Path, training: Training, tokenizer: Tokenizer) 
         "steps_done": training.steps_done,
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
-    _write(Path(path), tensors, {"trilby": json.dumps(header)})
+    write(Path(path), tensors, {"trilby": json.dumps(header)})
 
 
 def fingerprint(tokens: Split) -> str:
@@ -147,48 +146,6 @@ def fingerprint(tokens: Split) -> str:
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.numpy().data)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ImportError("checkpoints need safetensors: pip install 'trilby[gpt]'") from None
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        save_file(tensors, unfinished, metadata)
-        _to_disk(unfinished)  # the bytes must be there before the name is
-        os.replace(unfinished, path)
-        _to_disk(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write what it still holds in memory of a file, or of the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """The safetensors file at `path`, open; what goes wrong in it is a CheckpointError."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError("checkpoints need safetensors: pip install 'trilby[gpt]'") from None
-    with path.open("rb"):
-        pass  # a file that is not there, or not ours to read, is the system's error
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
