@@ -1,22 +1,30 @@
-"""Ids to batches: how chunks of a text become x and y.
-
-A batch is a pair of (B, T) tensors: `x` is what the model reads and `y[b, t]` is what comes after `x[b, 0..t]`.
-"""
+"""Ids to batches: how chunks of a text become x and y."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .tokens import Tokens
+
+IGNORED = -100  # a target that is not to be predicted, as in `F.cross_entropy`
+
+
+class Batch(NamedTuple):
+    """What a model reads, and what it is to predict."""
+
+    x: Tensor  # (B, T) int64
+    y: Tensor  # (B, T) int64: y[b, t] is what comes after x[b, 0..t], or IGNORED
+    starts: Tensor | None = None  # (N + 1) int32, if B = 1 and the row is N sequences: where each begins, and T
 
 
 class Batches(Protocol):
     """An endless supply of batches that can be stopped and taken up again."""
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """The next x and y, (B, T) each."""
+    def next(self) -> Batch:
+        """The next batch."""
 
     def state(self) -> Tensor:
         """Where the supply is now."""
@@ -34,18 +42,18 @@ class RandomBatches:
         ValueError: `tokens` has not more than T ids.
     """
 
-    def __init__(self, tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator) -> None:
-        _check_length(tokens, block_size + 1, f"a block of {block_size} ids and the one after it")
+    def __init__(self, tokens: Tokens, batch_size: int, block_size: int, generator: torch.Generator) -> None:
+        check_length(tokens, block_size + 1, f"a block of {block_size} ids and the one after it")
         self.tokens = tokens
         self.shape = (batch_size, block_size)
         self.generator = generator
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> Batch:
         """The next x and y, (B, T) each."""
         B, T = self.shape
         starts = torch.randint(len(self.tokens) - T, (B,), generator=self.generator)
         chunks = self.tokens[starts[:, None] + torch.arange(T + 1)]  # (B, T+1)
-        return chunks[:, :-1], chunks[:, 1:]
+        return Batch(chunks[:, :-1], chunks[:, 1:])
 
     def state(self) -> Tensor:
         """The state of the generator."""
@@ -68,20 +76,20 @@ class ContiguousBatches:
         ValueError: `tokens` has not even B·T+1 ids.
     """
 
-    def __init__(self, tokens: Tensor, batch_size: int, block_size: int) -> None:
-        _check_length(tokens, batch_size * block_size + 1, f"{batch_size} blocks of {block_size} ids and one more")
+    def __init__(self, tokens: Tokens, batch_size: int, block_size: int) -> None:
+        check_length(tokens, batch_size * block_size + 1, f"{batch_size} blocks of {block_size} ids and one more")
         self.tokens = tokens
         self.shape = (batch_size, block_size)
         self.position = 0
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> Batch:
         """The next x and y, (B, T) each."""
         B, T = self.shape
         if self.position + B * T + 1 > len(self.tokens):
             self.position = 0
-        chunk = self.tokens[self.position : self.position + B * T + 1]
+        chunk = self.tokens[torch.arange(self.position, self.position + B * T + 1)]
         self.position += B * T
-        return chunk[:-1].view(B, T), chunk[1:].view(B, T)
+        return Batch(chunk[:-1].view(B, T), chunk[1:].view(B, T))
 
     def state(self) -> Tensor:
         """The position of the next batch."""
@@ -89,22 +97,17 @@ class ContiguousBatches:
 
     def restore(self, state: Tensor) -> None:
         """Go on from the position `state`; ValueError if it is outside of the text."""
-        if state.shape != (1,) or not 0 <= int(state) <= len(self.tokens):
-            raise ValueError(f"state is {state.tolist()}; it must be one position from 0 to {len(self.tokens)}")
-        self.position = int(state)
+        self.position = checked_position(state, len(self.tokens))
 
 
-def make_batches(sampler: str, tokens: Tensor, batch_size: int, block_size: int, seed: int) -> Batches:
-    """The supply called `sampler`: "random", drawing from `seed`, or "contiguous"."""
-    makers: dict[str, Callable[[], Batches]] = {
-        "random": lambda: RandomBatches(tokens, batch_size, block_size, torch.Generator().manual_seed(seed)),
-        "contiguous": lambda: ContiguousBatches(tokens, batch_size, block_size),
-    }
-    if sampler not in makers:
-        raise ValueError(f"sampler is {sampler!r}; allowed are {', '.join(makers)}")
-    return makers[sampler]()
+def checked_position(state: Tensor, N: int) -> int:
+    """The position from 0 to N that `state` is; ValueError if it is none."""
+    if state.shape != (1,) or not 0 <= int(state) <= N:
+        raise ValueError(f"state is {state.tolist()}; it must be one position from 0 to {N}")
+    return int(state)
 
 
-def _check_length(tokens: Tensor, least: int, reason: str) -> None:
-    if tokens.ndim != 1 or len(tokens) < least:
-        raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (N,) with N at least {least}: {reason}")
+def check_length(tokens: Tokens, least: int, reason: str) -> None:
+    """ValueError unless there are at least `least` ids, for this `reason`."""
+    if len(tokens) < least:
+        raise ValueError(f"tokens is ({len(tokens)},); it must be (N,) with N at least {least}: {reason}")
