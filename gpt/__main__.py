@@ -86,7 +86,7 @@ def train_command(options: argparse.Namespace) -> None:
         model = replace(PRESETS[options.preset], vocab_size=tokenizer.vocab_size, **shape)
         config = TrainConfig(**{name: value for name, value in given.items() if name in TRAIN_FIELDS})
         training = Training.start(model, config, tokens)
-    print(f"text: {text.source}, {sum(map(len, training.tokens)):,} tokens of {tokenizer.vocab_size:,} kinds")
+    print(f"text: {text.source}, {sum(map(len, training.tokens[:2])):,} tokens of {tokenizer.vocab_size:,} kinds")
     print(f"model: {parameter_count(training.model.config):,} parameters", flush=True)
     with progress(training.config.max_steps, training.steps_done) as on_step:
         training.run(on_step, save=lambda training: save_checkpoint(options.checkpoint, training, tokenizer))

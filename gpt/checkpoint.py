@@ -8,7 +8,6 @@ a corrupt or hostile file is an error and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .config import GPTConfig, TrainConfig, from_dict, parameter_count, to_dict
-from .data import Split, make_batches
+from .data import Split, fingerprint
 from .layers import TRILBY, Layers
 from .model import GPT
 from .tensor_file import reading, write
 from .tokenizers import Tokenizer, tokenizer_from_dict
-from .train import Training, check_device, make_optimizer
+from .train import Training, check_device, make_optimizer, prefetched_batches
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of each parameter
@@ -81,7 +80,7 @@ class Checkpoint:
         if fingerprint(tokens) != self.text:
             raise CheckpointError(f"{self.path} was trained on another text than the one it is to go on with")
         config, device = self.train, check_device(self.train.device)
-        batches = make_batches(config.sampler, tokens.train, config.batch_size, self.model.block_size, config.seed)
+        batches = prefetched_batches(tokens, config, self.model)
         with reading(self.path, CheckpointError) as file:
             model = self._load_model(file, layers).to(device)
             optimizer = make_optimizer(model, config)
@@ -134,14 +133,6 @@ def save_checkpoint(path: str | Path, training: Training, tokenizer: Tokenizer) 
         "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
     }
     write(Path(path), tensors, {"trilby": json.dumps(header)})
-
-
-def fingerprint(tokens: Split) -> str:
-    """SHA-256 of the ids of a text, by which a checkpoint knows it again."""
-    digest = hashlib.sha256()
-    for part in tokens:
-        digest.update(part.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from .data import Sampler
+
 Precision = Literal["float32", "bfloat16"]
-Sampler = Literal["random", "contiguous"]
 
 Config = TypeVar("Config", "GPTConfig", "TrainConfig")
 
@@ -49,6 +50,7 @@ class TrainConfig:
     """
 
     batch_size: int = 12  # B
+    accumulation_steps: int = 1  # batches whose gradients make one step
     max_steps: int = 2000
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4  # where the cosine ends, at max_steps
@@ -60,14 +62,15 @@ class TrainConfig:
     eval_interval: int = 250  # steps between two validation losses; 0: none
     eval_batches: int = 20
     save_interval: int = 250  # steps between two checkpoints; the last step is always saved
-    sampler: Sampler = "random"  # chunks from anywhere, or the text from front to back
+    sampler: Sampler = "random"  # see `data.make_batches`
     precision: Precision = "float32"  # "bfloat16" is autocast: the weights stay float32
+    compile: bool = False  # the model, by torch.compile; a checkpoint fits both
     device: str = "cpu"
     seed: int = 1337
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("batch_size", "max_steps", "eval_batches", "save_interval"):
+        for name in ("batch_size", "accumulation_steps", "max_steps", "eval_batches", "save_interval"):
             _check_range(self, name, 1)
         for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
             _check_range(self, name, 0)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from trilby import kernels
 
+from .loss import linear_cross_entropy
+
 
 def _cached_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> Tensor:
     T, S = query.shape[2], key.shape[2]
@@ -22,6 +24,34 @@ def _cached_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Te
     places = torch.arange(S, device=key.device)
     last = places[S - T :, None] if key_lengths is None else (key_lengths[:, None] + places[:T] - T)[:, None, :, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=places <= last)
+
+
+def sequence_of(places: Tensor, starts: Tensor) -> Tensor:
+    """The number of the sequence that each of `places` is in, given where they begin, `starts` (N + 1)."""
+    return torch.searchsorted(starts, places.to(starts.dtype), right=True) - 1
+
+
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, dropout_p: float
+) -> Tensor:
+    places = torch.arange(query.shape[2], device=query.device)
+    sequence = sequence_of(places, starts)
+    seen = (sequence[:, None] == sequence) & (places[:, None] >= places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout_p)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, dropout_p: float
+) -> Tensor:
+    q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # (T, H, D) each
+    output = kernels.varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), dropout_p=dropout_p)
+    assert isinstance(output, Tensor), "the logsumexp was not asked for"
+    return output.transpose(0, 1).unsqueeze(0)
+
+
+def _cross_entropy_of_all_logits(input: Tensor, weight: Tensor, target: Tensor, count: int | None = None) -> Tensor:
+    total = F.cross_entropy(F.linear(input, weight), target, reduction="mean" if count is None else "sum")
+    return total if count is None else total / count
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,18 @@ class Layers:
 
           1 1 1 1 0          1 1 1 0 0
           1 1 1 1 1          1 1 1 1 0
+
+    - `packed_attention(query, key, value, starts, longest, dropout_p)`: a row of sequences, (1, H, T, D), each of which
+      looks at itself as in `attention`. `starts`, (N + 1) int32, is where they begin, and T; none is longer than
+      `longest`. Sequences of 2 and 3 (1 = seen)::
+
+          1 . . . .
+          1 1 . . .
+          . . 1 . .
+          . . 1 1 .
+          . . 1 1 1
+
+    - `linear_cross_entropy(input, weight, target, count)`: see `loss.linear_cross_entropy`.
     """  # noqa: D415
 
     attention: Callable[..., Tensor]
@@ -46,6 +88,8 @@ class Layers:
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     linear: Callable[..., Tensor] = F.linear
     cached_attention: Callable[..., Tensor] = _cached_attention
+    packed_attention: Callable[..., Tensor] = _packed_attention
+    linear_cross_entropy: Callable[..., Tensor] = _cross_entropy_of_all_logits
 
 
 def _dropout_add_and_norm(
@@ -67,6 +111,8 @@ TRILBY = Layers(
     attention=kernels.scaled_dot_product_attention,
     layer_norm=kernels.layer_norm,
     add_layer_norm=kernels.add_layer_norm,
+    packed_attention=_varlen_attention,
+    linear_cross_entropy=linear_cross_entropy,
 )
 
 PYTORCH = Layers(

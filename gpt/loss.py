@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .data import IGNORED
+
 # A chunk of logits in float32. Above 32 MiB the C allocator returns each buffer to the system and pays for its pages
 # again; at 16 MiB the products are too thin and the step takes a fifth longer.
 CHUNK_BYTES = 32 * 2**20
 
 
-def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor, count: int | None = None) -> Tensor:
     """Mean over the rows of `F.cross_entropy(F.linear(input, weight), target)`.
 
     Under autocast the products run in autocast's dtype; the softmax, the loss and the sums over chunks are float32
@@ -32,22 +34,29 @@ def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tenso
     Args:
         input: (N, C), what the last layer puts out.
         weight: (V, C), one row per token of the vocabulary.
-        target: (N), int64, the token that came next.
+        target: (N), int64, the token that came next; -100 where none is to be predicted, which costs nothing.
+        count: What the sum of the losses is divided by, instead of the number of targets.
 
     Returns:
         The mean loss in nats, a scalar.
 
     Raises:
-        ValueError: the shapes do not fit, or there is no row to take the mean of.
+        ValueError: the shapes do not fit, or there is no target to take the mean of.
         RuntimeError: in the backward pass, if second derivatives are asked for (`create_graph`).
     """
     if input.ndim != 2 or weight.ndim != 2 or input.shape[1] != weight.shape[1]:
         raise ValueError(
             f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}; they must be (N, C) and (V, C)"
         )
-    if target.shape != input.shape[:1] or target.numel() == 0:
-        raise ValueError(f"target is {tuple(target.shape)}; it must be ({input.shape[0]},), with at least one row")
-    loss: Tensor = _LinearCrossEntropy.apply(input, weight, target)  # type: ignore[no-untyped-call]
+    if target.shape != input.shape[:1]:
+        raise ValueError(f"target is {tuple(target.shape)}; it must be ({input.shape[0]},)")
+    predicted = target != IGNORED
+    if not predicted.all():
+        return linear_cross_entropy(input[predicted], weight, target[predicted], count)
+    count = len(target) if count is None else count
+    if count < 1:
+        raise ValueError(f"target has {len(target)} to predict and count is {count}; at least 1 is needed")
+    loss: Tensor = _LinearCrossEntropy.apply(input, weight, target, count)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -58,7 +67,7 @@ def rows_per_chunk(vocab_size: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, input: Tensor, weight: Tensor, target: Tensor, count: int) -> Tensor:
         device = input.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype  # of the matrix products
@@ -81,23 +90,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logsumexp = logits.logsumexp(dim=1, keepdim=True)
                 loss += (logsumexp - logits.gather(1, correct)).sum()
                 if grad_input is not None and grad_weight is not None:
-                    # d loss / d logits = (softmax - one-hot) / N, in place of the logits
+                    # d loss / d logits = (softmax - one-hot) / count, in place of the logits
                     grad = logits.sub_(logsumexp).exp_()
                     grad.scatter_add_(1, correct, grad.new_full((1, 1), -1.0).expand_as(correct))
-                    grad = grad.div_(N).to(dtype)
+                    grad = grad.div_(count).to(dtype)
                     grad_input[rows] = grad @ vocabulary
                     _add_product(grad_weight, grad.T, hidden)
 
         if grad_input is not None and grad_weight is not None:
             ctx.save_for_backward(grad_input, grad_weight.to(weight.dtype))
-        return loss / N
+        return loss / count
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():  # only under create_graph, where a gradient without a graph would count as constant
             raise RuntimeError("linear_cross_entropy has no second derivatives; take those of F.cross_entropy")
         grad_input, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_input * grad_output, grad_weight * grad_output, None
+        return grad_input * grad_output, grad_weight * grad_output, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from .cache import Cache, LayerCache, Reading
 from .config import GPTConfig
-from .layers import TRILBY, Layers
-from .loss import linear_cross_entropy
+from .layers import TRILBY, Layers, sequence_of
 
 
 class Linear(nn.Linear):
@@ -43,19 +42,22 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias, layers)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, layers)
         self.n_head = config.n_head
+        self.block_size = config.block_size
         self.dropout = config.dropout
         self.layers = layers
 
-    def forward(self, input: Tensor, past: LayerCache | None = None) -> Tensor:
+    def forward(self, input: Tensor, past: LayerCache | None = None, starts: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = input.shape
         heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
         query, key, value = heads.unbind(dim=2)  # (B, H, T, D) each, views of one product
-        if past is None:
-            dropout_p = self.dropout if self.training else 0.0
-            output = self.layers.attention(query, key, value, dropout_p=dropout_p, is_causal=True)
-        else:
+        dropout_p = self.dropout if self.training else 0.0
+        if past is not None:
             output = self.layers.cached_attention(query, *past.extend(key, value))
+        elif starts is not None:
+            output = self.layers.packed_attention(query, key, value, starts, self.block_size, dropout_p)
+        else:
+            output = self.layers.attention(query, key, value, dropout_p=dropout_p, is_causal=True)
         projected: Tensor = self.c_proj(output.transpose(1, 2).reshape(B, T, C))
         return projected
 
@@ -85,10 +87,12 @@ class Block(nn.Module):
         self.ln_2 = AddNorm(config, layers)
         self.mlp = MLP(config, layers)
 
-    def forward(self, stream: Tensor, branch: Tensor | None, past: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, past: LayerCache | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The stream and the branch still to be added to it, (B, T, C) both; the first block is given no branch."""
         normalized, stream = self.ln_1(stream, branch)
-        branch = self.attn(normalized, past)
+        branch = self.attn(normalized, past, starts)
         normalized, stream = self.ln_2(stream, branch)
         return stream, self.mlp(normalized)
 
@@ -122,13 +126,15 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
         self.ln_f = AddNorm(config, layers)
 
-    def forward(self, tokens: Tensor, past: Reading | None = None) -> Tensor:
-        """(B, T) -> (B, T, C), normalized."""
+    def forward(self, tokens: Tensor, past: Reading | None = None, starts: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, C), normalized; `starts` as in `GPT.loss`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device) if past is None else past.places.positions
+        if starts is not None:
+            positions = positions - starts[sequence_of(positions, starts)]
         stream: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
         branch: Tensor | None = None
         for number, block in enumerate(self.h):
-            stream, branch = block(stream, branch, None if past is None else past.layers[number])
+            stream, branch = block(stream, branch, None if past is None else past.layers[number], starts)
         normalized, _ = self.ln_f(stream, branch)
         output: Tensor = normalized
         return output
@@ -145,6 +151,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, layers: Layers = TRILBY) -> None:
         super().__init__()
         self.config = config
+        self.layers = layers
         self.transformer = Transformer(config, layers)
         self.lm_head = Linear(config.n_embd, config.vocab_size, False, layers)
         self.tie()
@@ -190,12 +197,27 @@ class GPT(nn.Module):
         weight = self.transformer.wpe.weight
         return Cache(self.config, batch_size, size, weight.dtype, weight.device)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, count: int | None = None) -> Tensor:
         """Mean cross entropy, in nats, of predicting `targets` (B, T) from `tokens` (B, T).
 
         The same as `F.cross_entropy` of the logits, which are never held all at once. ValueError as `forward`.
+
+        Args:
+            tokens: (B, T).
+            targets: (B, T); -100 where there is nothing to predict.
+            starts: (N + 1) int32: `tokens` is one row, (1, T), of N sequences of at most `block_size` tokens, which
+                begin there and see nothing of each other; the last number is T.
+            count: What the sum is divided by, instead of the number of targets: a batch may come in parts.
         """
-        return linear_cross_entropy(self._hidden(tokens).flatten(0, 1), self.lm_head.weight, targets.flatten())
+        hidden = self._hidden(tokens) if starts is None else self._packed_hidden(tokens, starts)
+        loss = self.layers.linear_cross_entropy
+        return loss(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), count)
+
+    def _packed_hidden(self, tokens: Tensor, starts: Tensor) -> Tensor:
+        if tokens.ndim != 2 or len(tokens) != 1:
+            raise ValueError(f"tokens is {tuple(tokens.shape)}; with starts it must be one row, (1, T)")
+        hidden: Tensor = self.transformer(tokens, starts=starts)
+        return hidden
 
     def _hidden(self, tokens: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] > self.block_size:

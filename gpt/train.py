@@ -1,4 +1,4 @@
-"""Training a GPT: AdamW, warm-up and cosine, clipping, evaluation.
+"""Training a GPT: AdamW, warm-up and cosine, accumulation, clipping, evaluation.
 
     training = Training.start(GPTConfig(...), TrainConfig(...), split(ids))
     result = training.run()
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import GPTConfig, TrainConfig
-from .data import Batches, RandomBatches, Split, make_batches
+from .data import IGNORED, Batches, Prefetched, RandomBatches, Split, Tokens, largest_id, make_batches
 from .layers import TRILBY, Layers
 from .model import GPT
 
@@ -29,10 +29,10 @@ class Step:
     """What one training step did."""
 
     number: int  # counted from 1
-    loss: float  # of this step's batch, before the update, in nats per token
+    loss: float  # of this step's batches, before the update, in nats per token
     learning_rate: float
     seconds: float  # from fetching the batch to the updated weights, evaluation left out
-    tokens: int
+    tokens: int  # that were predicted
     validation_loss: float | None = None  # after the update, on the steps that evaluate
 
 
@@ -72,10 +72,9 @@ class Training:
             ValueError: `tokens` are too few for one batch, or not all in the vocabulary, or the device is unknown.
         """
         device = check_device(config.device)
-        largest = max(int(part.max()) for part in tokens if len(part))
-        if largest >= model.vocab_size:
+        if (largest := largest_id(tokens)) >= model.vocab_size:
             raise ValueError(f"tokens has the id {largest}; vocab_size is {model.vocab_size}")
-        batches = make_batches(config.sampler, tokens.train, config.batch_size, model.block_size, config.seed)
+        batches = prefetched_batches(tokens, config, model)
         if config.eval_interval:
             validation_batches(tokens.validation, config, model)  # too short a text is an error now, not in an hour
         with torch.random.fork_rng(devices=[]):
@@ -86,26 +85,34 @@ class Training:
             dropout = torch.Generator(device).manual_seed(config.seed).get_state()
         return cls(gpt, config, tokens, make_optimizer(gpt, config), batches, dropout)
 
+    def __post_init__(self) -> None:
+        if self.config.compile:
+            self.model.transformer.compile()  # in place: names and checkpoints stay what they are
+
     def step(self) -> Step:
-        """One batch: forward, backward, clip, update."""
+        """`config.accumulation_steps` batches, forward and backward; clip, update."""
         started = time.perf_counter()
         config, parameters = self.config, list(self.model.parameters())
         rate = learning_rate(self.steps_done, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x, y = (part.to(parameters[0].device) for part in self.batches.next())
+        batches = [self.batches.next() for _ in range(config.accumulation_steps)]
+        count = sum(int((batch.y != IGNORED).sum()) for batch in batches)  # so that each target weighs the same
 
         self.model.train()
+        loss = torch.zeros((), device=parameters[0].device)
         with self._own_dropout():
-            with _precision(self.model, config):
-                loss = self.model.loss(x, y)
-            loss.backward()
+            for batch in batches:
+                with _precision(self.model, config):
+                    share = self.model.loss(*batch.to(loss.device), count)
+                share.backward()
+                loss += share.detach()
         if config.grad_clip:
             nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        return Step(self.steps_done, loss.item(), rate, time.perf_counter() - started, x.numel())
+        return Step(self.steps_done, loss.item(), rate, time.perf_counter() - started, count)
 
     def run(
         self,
@@ -178,21 +185,27 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: Tensor, config: TrainConfig) -> float:
+def evaluate(model: GPT, tokens: Tokens, config: TrainConfig) -> float:
     """Mean loss over `config.eval_batches` random batches of `tokens`, the same ones every time."""
     batches = validation_batches(tokens, config, model.config)
     device = next(model.parameters()).device
     model.eval()
     with _precision(model, config):
-        pairs = (batches.next() for _ in range(config.eval_batches))
-        losses = [model.loss(x.to(device), y.to(device)).item() for x, y in pairs]
+        drawn = (batches.next() for _ in range(config.eval_batches))
+        losses = [model.loss(batch.x.to(device), batch.y.to(device)).item() for batch in drawn]
     return sum(losses) / len(losses)
 
 
-def validation_batches(tokens: Tensor, config: TrainConfig, model: GPTConfig) -> RandomBatches:
+def validation_batches(tokens: Tokens, config: TrainConfig, model: GPTConfig) -> RandomBatches:
     """The batches that `evaluate` reads: random ones, from `config.seed`."""
     generator = torch.Generator().manual_seed(config.seed)
     return RandomBatches(tokens, config.batch_size, model.block_size, generator)
+
+
+def prefetched_batches(tokens: Split, config: TrainConfig, model: GPTConfig) -> Prefetched:
+    """The batches to train on, each loaded while the step before it computes."""
+    batches = make_batches(config.sampler, tokens, config.batch_size, model.block_size, config.seed)
+    return Prefetched(batches, torch.device(config.device))
 
 
 def check_device(name: str) -> torch.device:

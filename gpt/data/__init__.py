@@ -2,6 +2,7 @@
 
 from .batches import IGNORED, Batch, Batches, ContiguousBatches, RandomBatches
 from .documents import PackedBatches, PaddedBatches
+from .mapped import MappedTokens
 from .pieces import read_pieces, texts_of
 from .prefetch import Prefetched
 from .samplers import Sampler, make_batches
@@ -15,6 +16,7 @@ __all__ = [
     "Batches",
     "ContiguousBatches",
     "Documents",
+    "MappedTokens",
     "PackedBatches",
     "PaddedBatches",
     "Prefetched",

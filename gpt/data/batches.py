@@ -19,6 +19,17 @@ class Batch(NamedTuple):
     y: Tensor  # (B, T) int64: y[b, t] is what comes after x[b, 0..t], or IGNORED
     starts: Tensor | None = None  # (N + 1) int32, if B = 1 and the row is N sequences: where each begins, and T
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`."""
+        x, y = (part.to(device, non_blocking=True) for part in (self.x, self.y))
+        return Batch(x, y, None if self.starts is None else self.starts.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory that a CUDA device can copy from by itself."""
+        return Batch(
+            self.x.pin_memory(), self.y.pin_memory(), None if self.starts is None else self.starts.pin_memory()
+        )
+
 
 class Batches(Protocol):
     """An endless supply of batches that can be stopped and taken up again."""

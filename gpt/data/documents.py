@@ -105,7 +105,7 @@ def _cut(borders: list[int], size: int, longest: int) -> Tensor:
 
 
 def _rows(starts: Tensor, ends: Tensor, longest: int) -> Tensor:
-    """(R, 2): where rows of at most `longest` ids begin and end, (D) documents from `starts` to `ends` after each other."""
+    """(R, 2): where rows of at most `longest` ids begin and end; (D) documents go from `starts` to `ends`."""
     counts = ((ends - starts).clamp(min=0) + longest - 1) // longest  # rows of each document
     document = torch.repeat_interleave(counts)
     number = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]  # of the row in its document

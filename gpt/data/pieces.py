@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: str | Path, offset: int = 0, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
-    r"""The UTF-8 text in the file at `path` from byte `offset` on, line breaks as "\n", in pieces of about `piece_bytes`.
+    r"""The UTF-8 text in the file at `path` from byte `offset` on, line breaks as "\n", some `piece_bytes` at a time.
 
     Raises:
         OSError: the file cannot be read.
@@ -65,5 +65,5 @@ def _decode(unread: bytes, path: str | Path, offset: int, final: bool) -> str:
     try:
         return codecs.utf_8_decode(unread, "strict", final)[0]
     except UnicodeDecodeError as error:
-        place = offset + error.start
-        raise ValueError(f"{path} is not UTF-8 text: byte {unread[error.start]:#x} at {place}: {error.reason}") from None
+        byte, place = unread[error.start], offset + error.start
+        raise ValueError(f"{path} is not UTF-8 text: byte {byte:#x} at {place}: {error.reason}") from None

@@ -54,5 +54,5 @@ class Prefetched:
     def _load(self) -> tuple[Batch, Tensor]:
         batch = self._batches.next()
         if self._pinned:
-            batch = Batch(*(None if part is None else part.pin_memory() for part in batch))
+            batch = batch.pin_memory()
         return batch, self._batches.state().clone()

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..tokenizers import Tokenizer
+from .mapped import MappedTokens
 from .pieces import read_pieces
 from .tokens import Documents, Split, split
 
@@ -122,30 +122,6 @@ class TokenFile:
     def split(self) -> Split:
         """The first nine tenths of the ids, and the rest."""
         return split(self.tokens, self.documents)
-
-
-class MappedTokens:
-    """Ids that stay on the disk until they are asked for; a `Tokens`."""
-
-    def __init__(self, ids: np.ndarray[Any, Any], largest: int, sha256: str) -> None:
-        self._ids = ids
-        self.largest = largest
-        self.sha256 = sha256  # of the whole file, and which part of it this is
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: slice) -> MappedTokens: ...
-
-    @overload
-    def __getitem__(self, index: Tensor) -> Tensor: ...
-
-    def __getitem__(self, index: slice | Tensor) -> MappedTokens | Tensor:
-        """See `Tokens`."""
-        if isinstance(index, slice):
-            return MappedTokens(self._ids[index], self.largest, f"{self.sha256}[{index.start}:{index.stop}]")
-        return torch.from_numpy(self._ids[index.numpy()].astype(np.int64))
 
 
 def _begin(paths: Sequence[str | Path], tokenizer: Tokenizer) -> Header:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .mapped import MappedTokens
+
 TRAIN_SHARE = 0.9
 
-
-class Tokens(Protocol):
-    """The ids of a text, (N): an int64 tensor, or a part of a token file that behaves as one."""
-
-    def __len__(self) -> int:
-        """N."""
-
-    @overload
-    def __getitem__(self, index: slice) -> Tokens: ...
-
-    @overload
-    def __getitem__(self, index: Tensor) -> Tensor: ...
-
-    def __getitem__(self, index: slice | Tensor) -> Tokens | Tensor:
-        """Of a slice, that part; of the places `index`, int64 of any shape, the ids there, int64, in memory."""
+Tokens: TypeAlias = Tensor | MappedTokens  # the ids of a text, (N): int64 in memory, or a token file's
 
 
 class Documents(NamedTuple):

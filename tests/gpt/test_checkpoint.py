@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trilby.gpt import PYTORCH, TRILBY, Checkpoint, CheckpointError, TrainConfig, Training, save_checkpoint
+from trilby.gpt.data import TokenFile, write_token_file
 
 SHORT = TrainConfig(batch_size=4, max_steps=20, warmup_steps=5, eval_interval=0)
 
@@ -53,6 +54,28 @@ def test_twenty_steps_are_some_a_checkpoint_and_the_rest(
     assert resumed.run().losses == losses[steps:]
     for (name, ours), theirs in zip(resumed.model.named_parameters(), uninterrupted.model.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("sampler", ["random", "contiguous", "packed", "padded"])
+def test_it_goes_on_bit_for_bit_with_a_token_file_and_accumulated_batches(path, config, text, tokenizer, sampler):
+    files = [path.parent / f"{number}.txt" for number in range(4)]
+    path.parent.mkdir()
+    for number, file in enumerate(files):
+        file.write_text(text[number * 1000 : number * 1100 + 1000], encoding="utf-8")
+    tokens = write_token_file(path.parent / "tokens", files, tokenizer).split()
+    model = dataclasses.replace(config, dropout=0.1)
+    settings = dataclasses.replace(SHORT, sampler=sampler, accumulation_steps=3, max_steps=8)
+    interrupted = Training.start(model, settings, tokens)
+    for _ in range(4):
+        interrupted.step()
+    save_checkpoint(path, interrupted, tokenizer)
+    losses = interrupted.run().losses
+    again = TokenFile.open(path.parent / "tokens").split()
+    assert Checkpoint.open(path).resume(again).run().losses == losses
+    files[3].write_text("99")
+    other = write_token_file(path.parent / "tokens", files, tokenizer).split()
+    with pytest.raises(CheckpointError, match="another text"):
+        Checkpoint.open(path).resume(other)
 
 
 def test_it_goes_on_bit_for_bit_where_every_kernel_is_trilbys(path, wide, tokens, tokenizer):

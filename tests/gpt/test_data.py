@@ -58,7 +58,7 @@ class TestText:
 class TestRandomBatches:
     def test_places_are_drawn_as_the_course_draws_them(self):
         places = torch.arange(1_003_854)  # as many as nine tenths of tinyshakespeare
-        x, y = RandomBatches(places, 4, 8, torch.Generator().manual_seed(1337)).next()
+        x, y, _ = RandomBatches(places, 4, 8, torch.Generator().manual_seed(1337)).next()
         assert x[:, 0].tolist() == [76049, 234249, 934904, 560986]
         assert torch.equal(x, x[:, :1] + torch.arange(8))
         assert torch.equal(y, x + 1)
@@ -66,12 +66,12 @@ class TestRandomBatches:
     def test_the_batch_of_shakespeare_is_the_one_that_the_course_prints(self, tinyshakespeare, printed_batch):
         tokens = split(CharTokenizer.from_text(tinyshakespeare).encode(tinyshakespeare))
         assert (len(tokens.train), len(tokens.validation)) == (1_003_854, 111_540)
-        x, y = RandomBatches(tokens.train, 4, 8, torch.Generator().manual_seed(1337)).next()
+        x, y, _ = RandomBatches(tokens.train, 4, 8, torch.Generator().manual_seed(1337)).next()
         assert [x.tolist(), y.tolist()] == printed_batch
 
     def test_every_place_comes_up_and_none_beyond_the_end(self):
         batches = RandomBatches(torch.arange(6), 64, 3, torch.Generator().manual_seed(0))
-        x, y = batches.next()
+        x, y, _ = batches.next()
         assert set(x[:, 0].tolist()) == {0, 1, 2}
         assert y.max() == 5
 
@@ -89,7 +89,7 @@ FIRST_33_IDS = [
 
 class TestContiguousBatches:
     def test_x_and_y_are_the_matrices_that_the_course_prints(self):
-        x, y = ContiguousBatches(torch.tensor(FIRST_33_IDS), batch_size=2, block_size=16).next()
+        x, y, _ = ContiguousBatches(torch.tensor(FIRST_33_IDS), batch_size=2, block_size=16).next()
         assert x.tolist() == [
             [100257, 32998, 47976, 374, 279, 9046, 315, 38696, 18815, 13790, 39006, 1778, 439, 271, 262, 264],
             [220, 16, 865, 220, 16, 489, 2928, 233, 107, 489, 264, 308, 865, 308, 284, 293],
@@ -116,7 +116,7 @@ class TestContiguousBatches:
 
 @pytest.mark.parametrize("sampler", ["random", "contiguous"])
 def test_a_supply_goes_on_where_its_state_was_taken(sampler):
-    first, second = (make_batches(sampler, torch.arange(100), 2, 4, seed=1) for _ in range(2))
+    first, second = (make_batches(sampler, split(torch.arange(100)), 2, 4, seed=1) for _ in range(2))
     first.next()
     state = first.state().clone()
     expected = [first.next()[0].tolist() for _ in range(3)]
@@ -125,5 +125,5 @@ def test_a_supply_goes_on_where_its_state_was_taken(sampler):
 
 
 def test_an_unknown_supply_is_refused():
-    with pytest.raises(ValueError, match="sampler is 'shuffled'; allowed are random, contiguous"):
-        make_batches("shuffled", torch.arange(100), 2, 4, seed=1)
+    with pytest.raises(ValueError, match="sampler is 'shuffled'; allowed are random, contiguous, packed, padded"):
+        make_batches("shuffled", split(torch.arange(100)), 2, 4, seed=1)

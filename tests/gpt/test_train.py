@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from trilby.gpt import PYTORCH, TRILBY, GPTConfig, Split, TrainConfig, Training, evaluate, split, train
+from trilby.gpt.data import Documents
 from trilby.gpt.train import check_device, learning_rate, make_optimizer
 
 SHORT = TrainConfig(batch_size=4, max_steps=20, warmup_steps=5, eval_interval=10, eval_batches=2)
@@ -153,6 +154,31 @@ def test_the_gradient_is_clipped_as_a_whole(config, tokens, grad_clip, monkeypat
         assert norms == [pytest.approx(grad_clip, rel=1e-3)]
     else:
         assert norms[0] > 0.1
+
+
+@pytest.mark.parametrize("sampler", ["contiguous", "padded"])
+def test_accumulated_batches_make_the_step_of_one_large_batch(config, tokenizer, sampler):
+    lengths = (5, 17, 9, 2, 12, 16, 3, 14)  # padded, each of the batches has another number of targets
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    tokens = split(torch.randint(config.vocab_size, (sum(lengths),)).repeat(2), Documents(starts, marked=False))
+    gradients = {}
+    for name, (batch_size, accumulation_steps), layers, dtype in (
+        ("ours", (2, 3), TRILBY, torch.float32),
+        ("rival", (6, 1), PYTORCH, torch.float32),
+        ("truth", (6, 1), PYTORCH, torch.float64),
+    ):
+        settings = dataclasses.replace(
+            SHORT, batch_size=batch_size, accumulation_steps=accumulation_steps, sampler=sampler, eval_interval=0
+        )
+        training = Training.start(config, dataclasses.replace(settings, grad_clip=0.0), tokens, layers)
+        training.model.to(dtype)
+        gradients[name] = {}
+        training.optimizer.step = lambda training=training, name=name: gradients[name].update(
+            {key: p.grad.clone() for key, p in training.model.named_parameters()}
+        )
+        gradients[name]["loss"] = torch.tensor(training.step().loss, dtype=dtype)
+    for key, truth in gradients["truth"].items():
+        assert_as_exact_as(gradients["ours"][key], gradients["rival"][key], truth, key)
 
 
 def test_evaluation_has_no_dropout_and_draws_nothing(config, tokens):
