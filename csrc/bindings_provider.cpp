@@ -45,6 +45,10 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
   throw std::runtime_error(told ? torch_exception_get_what_without_backtrace() : "PyTorch's kernel refused the call");
 }
 
+// How many calls of each operator trilby's kernels have computed on this thread: what kernels/explain.py goes by.
+enum Served { ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, OPERATORS };
+thread_local std::array<int64_t, OPERATORS> served = {};
+
 bool has_kernel_dtype(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
@@ -111,6 +115,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   }
   const Tensor output = torch::stable::empty_like(query);
   if (output.strides()[3] != 1) return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
+  served[ATTENTION]++;
   const trilby::AttentionShape shape = attention_shape(query, key);
   const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
@@ -138,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
     }
     return {Tensor(gradients[0]), Tensor(gradients[1]), Tensor(gradients[2])};
   }
+  served[ATTENTION_BACKWARD]++;
   const trilby::AttentionShape shape = attention_shape(query, key);
   const trilby::AttentionSequences sequences = {shape.batch};
   const Tensor by_head = torch::stable::contiguous(logsumexp);
@@ -229,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
   if (!is_trilbys(input, row, weight, bias)) {
     return pytorchs<5>("trilby::pytorch_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
   }
+  served[LAYER_NORM]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, eps);
   const Tensor stream = adjacent(input);
   const Optional scale = adjacent(weight), offset = adjacent(bias);
@@ -265,6 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
                        {from(grad_output), from(input), from(row), from(mean), from(rstd), from(weight), from(bias),
                         from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))});
   }
+  served[LAYER_NORM_BACKWARD]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, 0.0);
   const Tensor grad = adjacent(grad_output), stream = adjacent(input);
   const Tensor means = in_float32(mean), inverses = in_float32(rstd);
@@ -307,6 +315,8 @@ void withdraw_attention() { attention_library.reset(); }
 
 void withdraw_layer_norm() { norm_library.reset(); }
 
+Sizes served_calls() { return {served.begin(), served.end()}; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
@@ -314,6 +324,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def("withdraw_attention() -> ()");
   library.def("provide_layer_norm() -> ()");
   library.def("withdraw_layer_norm() -> ()");
+  library.def("served_calls() -> int[]");
   library.def(
       "pytorch_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor, Tensor, Tensor)");
@@ -327,4 +338,5 @@ STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
   library.impl("withdraw_attention", TORCH_BOX(&withdraw_attention));
   library.impl("provide_layer_norm", TORCH_BOX(&provide_layer_norm));
   library.impl("withdraw_layer_norm", TORCH_BOX(&withdraw_layer_norm));
+  library.impl("served_calls", TORCH_BOX(&served_calls));
 }

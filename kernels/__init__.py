@@ -1,6 +1,7 @@
 """Fused kernels for the two layers that every GPT repeats: causal-softmax attention and layer norm."""
 
 from .attention import attend, scaled_dot_product_attention
+from .explain import explain, strict
 from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .provider import activate, activated, restore
@@ -14,10 +15,12 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attend",
+    "explain",
     "keep_memory",
     "layer_norm",
     "restore",
     "rms_norm",
     "scaled_dot_product_attention",
+    "strict",
     "varlen_attn",
 ]

@@ -8,56 +8,26 @@ Measured on one thread, in µs of processor time: a call that is handed on costs
 norm of 4 · 64 elements 2 more forward (6 in PyTorch) and 4 more forward and backward (48 in PyTorch).
 """
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.nn import attention as pytorch_attention
 
 from . import attention
 from .native import REBUILD
+from .norm import KERNEL_DTYPES
 from .ops import NATIVE
+from .override import Override, release_all
 
 NAME = "trilby"  # among PyTorch's implementations of flash attention
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_LOCK = threading.RLock()
 _FOR_GOOD = object()  # what `activate` holds the overrides for
-
-
-@dataclass(frozen=True)
-class Override:
-    """Operators of PyTorch that are trilby's for as long as anyone holds them.
-
-    Attributes:
-        provide: Puts trilby's kernels in place of PyTorch's.
-        withdraw: Puts PyTorch's back.
-        holders: Who wants trilby's: `activate`, each `activated` that is open, PyTorch's registry.
-    """
-
-    provide: Callable[[], None]
-    withdraw: Callable[[], None]
-    holders: set[object] = field(default_factory=set)
-
-    def hold(self, holder: object) -> None:
-        """Override, if nobody held it before."""
-        with _LOCK:
-            if not self.holders and NATIVE.loaded:
-                _without_warning(self.provide)
-            self.holders.add(holder)
-
-    def release(self, *holders: object) -> None:
-        """Put PyTorch's kernels back, if nobody else holds it; `holders` may have let go before."""
-        with _LOCK:
-            held = bool(self.holders)
-            self.holders.difference_update(holders)
-            if held and not self.holders and NATIVE.loaded:
-                self.withdraw()
 
 
 def _pytorchs_norms() -> Library:
@@ -73,55 +43,82 @@ def _pytorchs_norms() -> Library:
     return library
 
 
-def _without_warning(override: Callable[[], None]) -> None:
-    """Call `override`, and let PyTorch not warn that kernels are overridden: that is what was asked for.
+def reasons_against_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[str, ...]:
+    """Every reason why a layer norm is PyTorch's to compute while trilby is in its place: as in the C++ kernels."""
+    parameters = tuple((tuple(t.shape), t.dtype) for t in (weight, bias) if t is not None)
+    return tuple(_reasons_against_layer_norm(tuple(input.shape), input.dtype, tuple(normalized_shape), parameters))
 
-    PyTorch warns once a process, from C++, past Python's filters. So the warning is used up on an operator of trilby,
-    overridden from Python, before `override` comes.
-    """
-    always = torch.is_warn_always_enabled()
-    torch.set_warn_always(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            first, second = _pytorchs_norms(), _pytorchs_norms()
-        second._destroy()
-        first._destroy()
-        override()
-    finally:
-        torch.set_warn_always(always)
+
+def _reasons_against_layer_norm(
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    row: tuple[int, ...],
+    parameters: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+) -> Iterator[str]:
+    if not NATIVE.loaded:
+        yield NATIVE.reason
+    if dtype not in KERNEL_DTYPES:
+        yield f"input's dtype is {dtype}, not float32, bfloat16 or float16"
+    if size[len(size) - len(row) :] != row:
+        yield f"normalized_shape is {list(row)}, and input {list(size)}"
+    if all(length == 1 for length in row):
+        yield "a row has one element"
+    if 0 in size:
+        yield "input is empty"
+    for parameter_size, parameter_dtype in parameters:
+        if parameter_size != row:
+            yield f"weight or bias is {list(parameter_size)}, and normalized_shape {list(row)}"
+        if parameter_dtype not in (dtype, torch.float32) or parameter_dtype != parameters[0][1]:
+            yield f"weight or bias is {parameter_dtype}, and input {dtype}"
 
 
 _norms: list[Library] = []
 
 
 def _provide_attention() -> None:
+    if not NATIVE.loaded:
+        return
     limits = attention.FEWEST_QUERIES, attention.FEWEST_MULTIPLICATIONS, attention.LARGEST_HEAD_DIM
     torch.ops.trilby.provide_attention(*limits)
 
 
 def _withdraw_attention() -> None:
-    torch.ops.trilby.withdraw_attention()
+    if NATIVE.loaded:
+        torch.ops.trilby.withdraw_attention()
 
 
 def _provide_norm() -> None:
-    _norms.append(_pytorchs_norms())
-    torch.ops.trilby.provide_layer_norm()
+    if NATIVE.loaded:
+        _norms.append(_pytorchs_norms())
+        torch.ops.trilby.provide_layer_norm()
 
 
 def _withdraw_norm() -> None:
-    torch.ops.trilby.withdraw_layer_norm()
-    _norms.pop()._destroy()
+    if NATIVE.loaded:
+        torch.ops.trilby.withdraw_layer_norm()
+        _norms.pop()._destroy()
 
 
 ATTENTION = Override(_provide_attention, _withdraw_attention)
 NORM = Override(_provide_norm, _withdraw_norm)
 
 
-def _hold(holder: object, stacklevel: int) -> None:
-    if not NATIVE.loaded:
+_warned: list[str] = []
+
+
+def _warn_once(stacklevel: int) -> None:
+    """Say that there is nothing to activate, once a process."""
+    if not _warned:
+        _warned.append(NATIVE.reason)
         message = f"trilby has nothing to activate: {NATIVE.reason}. PyTorch's own kernels run; to mend it: {REBUILD}"
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+
+
+def _hold(holder: object, stacklevel: int) -> None:
+    if not NATIVE.loaded:
+        _warn_once(stacklevel + 1)
     ATTENTION.hold(holder)
     NORM.hold(holder)
 
@@ -145,11 +142,9 @@ def activate() -> None:
 
 def restore() -> None:
     """Put PyTorch's own kernels back, whoever activated trilby's, and inside every `activated`, too."""
-    with _LOCK:
-        if getattr(pytorch_attention, "current_flash_attention_impl", lambda: None)() == NAME:
-            pytorch_attention.restore_flash_attention_impl()
-        ATTENTION.release(*ATTENTION.holders)
-        NORM.release(*NORM.holders)
+    if getattr(pytorch_attention, "current_flash_attention_impl", lambda: None)() == NAME:
+        pytorch_attention.restore_flash_attention_impl()
+    release_all(ATTENTION, NORM)
 
 
 @contextmanager

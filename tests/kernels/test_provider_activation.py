@@ -150,7 +150,7 @@ def test_nothing_is_printed_and_nothing_changes_before_activate(warn_always):
     assert (script.returncode, script.stdout, script.stderr) == (0, "", "")
 
 
-def test_without_the_extension_activate_says_so():
+def test_without_the_extension_activate_says_so_once():
     script = run_python(
         "import pathlib",
         "exists = pathlib.Path.exists",
@@ -160,8 +160,8 @@ def test_without_the_extension_activate_says_so():
         "    warnings.simplefilter('always')",
         "    trilby.kernels.activate()",
         "    with trilby.kernels.activated(): pass",
-        "assert [w.category for w in caught] == [RuntimeWarning] * 2, caught",
-        "assert all('not built' in str(w.message) and w.filename == '<string>' for w in caught), caught",
+        "assert [w.category for w in caught] == [RuntimeWarning], caught",
+        "assert 'not built' in str(caught[0].message) and caught[0].filename == '<string>', caught",
         "torch.nn.LayerNorm(8)(torch.zeros(2, 8)).sum().backward()",
         "trilby.kernels.restore()",
     )

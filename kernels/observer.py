@@ -1,0 +1,107 @@
+"""Sees the calls of attention and norms as PyTorch's dispatcher does: for `explain` and `strict`.
+
+While a thread watches, a kernel in Python stands above the one that each observed operator has, whoever it belongs to;
+it tells the watcher and lets the call through. While nobody watches there is none, and no call is slower.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.library import Library, get_kernel
+
+from .override import Override
+
+Watcher = Callable[["Call", Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator.
+
+    Attributes:
+        operator: "aten::native_layer_norm", as PyTorch's profiler names it.
+        arguments: What it was called with, by name, defaults filled in.
+    """
+
+    operator: str
+    arguments: dict[str, Any]
+
+
+# Operators with a kernel for CPUs, and those that PyTorch composes of others: there, above autograd and below.
+_OF_CPU = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::native_layer_norm",
+    "aten::native_layer_norm_backward",
+    "aten::_native_multi_head_attention",
+    "trilby::attention",
+    "trilby::attention_backward",
+    "trilby::norm",
+    "trilby::add_norm",
+    "trilby::norm_backward",
+)
+_COMPOSED = ("aten::_scaled_dot_product_attention_math", "aten::rms_norm")
+OBSERVED = {operator: ("CPU",) for operator in _OF_CPU} | {operator: ("CPU", "AutogradCPU") for operator in _COMPOSED}
+
+
+class _Watching(threading.local):
+    """Who watches in this thread, the last to come first."""
+
+    watcher: Watcher | None = None
+
+
+_watching = _Watching()
+_libraries: list[Library] = []
+
+
+def _provide() -> None:
+    for operator, keys in OBSERVED.items():
+        namespace, name = operator.split("::")
+        library = Library(namespace, "IMPL")
+        _libraries.append(library)
+        for key, below in [(key, get_kernel(operator, key)) for key in keys]:
+            library.impl(name, _kernel(operator, below), key, with_keyset=True)
+
+
+def _withdraw() -> None:
+    while _libraries:
+        _libraries.pop()._destroy()
+
+
+OBSERVERS = Override(_provide, _withdraw, on_top=True)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Let `watcher(call, compute)` stand for every observed call of this thread; it returns `compute()`, or raises."""
+    holder, before = object(), _watching.watcher
+    OBSERVERS.hold(holder)
+    _watching.watcher = watcher
+    try:
+        yield
+    finally:
+        _watching.watcher = before
+        OBSERVERS.release(holder)
+
+
+def _kernel(operator: str, below: Any) -> Callable[..., Any]:
+    """What stands above the kernel `below`."""
+    namespace, name = operator.split("::")
+    schema = getattr(getattr(torch.ops, namespace), name).default._schema
+
+    def call(keys: torch._C.DispatchKeySet, *given: Any, **named: Any) -> Any:
+        def compute() -> Any:
+            return below.call_boxed(keys, *given, **named)
+
+        watcher = _watching.watcher
+        if watcher is None:
+            return compute()
+        arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        arguments |= dict(zip((a.name for a in schema.arguments), given)) | named
+        return watcher(Call(operator, arguments), compute)
+
+    return call
