@@ -7,13 +7,13 @@ calls, and the reasons are those of the rules that chose.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import attention, norm
+from . import attention, composed, norm
 from .observer import Call, watched
 from .ops import NATIVE
 from .provider import ATTENTION, NORM, activated, reasons_against_layer_norm
@@ -73,7 +73,7 @@ class Explanations(tuple[Explanation, ...]):
 def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Explanations:
     """Call `function(*arguments, **options)` once, and tell which kernel computed each attention and norm in it.
 
-    Any function will do: `F.scaled_dot_product_attention`, `trilby.kernels.layer_norm`, an nn.Module, a whole model with
+    Any function will do: `F.scaled_dot_product_attention`, `trilby.kernels.layer_norm`, an nn.Module, a whole model and
     its backward. It is told of things as they are: PyTorch's functions are PyTorch's until `activate`. torch's random
     generator is left as it was. Calls on CPU tensors are seen.
 
@@ -95,7 +95,7 @@ def strict() -> Iterator[None]:
     """
 
     def refuse(call: Call, compute: Callable[[], Any]) -> Any:
-        if reasons := tuple(_reasons(call)):
+        if any(_reasons(call)):
             raise RuntimeError(f"strict: {_explanation(call, False)}")
         return compute()
 
@@ -115,7 +115,7 @@ class _Teller:
 
     heard: Callable[[Explanation], None]
     served: int = 0
-    depth: int = field(default=0)
+    depth: int = 0
 
     def __call__(self, call: Call, compute: Callable[[], Any]) -> Any:
         before = self._count()
@@ -150,24 +150,30 @@ def _dtypes(tensors: list[Tensor]) -> str:
 def _reasons(call: Call) -> Iterator[str]:
     """Every reason of the rule that chose PyTorch."""
     name, arguments = call.operator, call.arguments
+    if name.startswith("trilby::"):
+        return
     is_norm = "norm" in name
+    active = bool((NORM if is_norm else ATTENTION).holders)
     asked = _asked_explicitly()
-    if not asked and not (NORM if is_norm else ATTENTION).holders:
+    if not active and not asked:
         yield NOT_ACTIVATED
     if name == "aten::_native_multi_head_attention":
         yield (
             "PyTorch's fast path for inference computes attention and its projections in one operator; "
             "torch.backends.mha.set_fastpath_enabled(False) leaves attention to trilby"
         )
+    elif name == "aten::_scaled_dot_product_attention_math":
+        yield from composed.reasons_against_attention(**arguments)
+    elif name == "aten::rms_norm":
+        yield from composed.reasons_against_rms_norm(**arguments)
     elif not is_norm:
         query, key, value = (arguments[name] for name in ("query", "key", "value"))
         yield from attention.reasons_for_pytorch(
             query, key, value, arguments["attn_mask"], arguments["dropout_p"], enable_gqa=True
         )
     else:
-        rule = norm.reasons_for_pytorch if asked or name == "aten::rms_norm" else reasons_against_layer_norm
-        given = (arguments["input"], arguments["normalized_shape"], arguments["weight"], arguments.get("bias"))
-        yield from rule(*given)
+        rule = norm.reasons_for_pytorch if asked and not active else reasons_against_layer_norm
+        yield from rule(*(arguments[name] for name in ("input", "normalized_shape", "weight", "bias")))
 
 
 def _asked_explicitly() -> bool:

@@ -45,7 +45,7 @@ _OF_CPU = (
     "trilby::norm_backward",
 )
 _COMPOSED = ("aten::_scaled_dot_product_attention_math", "aten::rms_norm")
-OBSERVED = {operator: ("CPU",) for operator in _OF_CPU} | {operator: ("CPU", "AutogradCPU") for operator in _COMPOSED}
+OBSERVED = dict.fromkeys(_OF_CPU, ("CPU",)) | dict.fromkeys(_COMPOSED, ("CPU", "AutogradCPU"))
 
 
 class _Watching(threading.local):

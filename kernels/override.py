@@ -43,7 +43,7 @@ class Override:
                 self._arrange(self.withdraw)
 
     def _arrange(self, change: Callable[[], None]) -> None:
-        """`change` what is below the kernels that stay on top: those know what is below them, and are put there anew."""
+        """`change` what is below the kernels that stay on top: they know what is below, and are put there anew."""
         above = [override for override in _on_top if override is not self]
         for override in above:
             override.withdraw()

@@ -1,8 +1,9 @@
 """trilby as PyTorch's own: `activate()`, and every model in the process runs trilby's kernels where they are faster.
 
 While activated, the C++ kernels of csrc/bindings_provider.cpp stand in PyTorch's dispatcher for attention and layer
-norm on CPUs. All above them stays PyTorch's: the choice of an attention implementation, autograd, autocast, vmap,
-`torch.compile`. What trilby does not cover runs the kernel of PyTorch that was there before, bit by bit.
+norm on CPUs, and composed.py's for what PyTorch composes of several operators. All above them stays PyTorch's: the
+choice of an attention implementation, autograd, autocast, vmap, `torch.compile`. What trilby does not cover runs the
+kernel of PyTorch that was there before, bit by bit.
 
 Measured on one thread, in µs of processor time: a call that is handed on costs 1 more for attention (7 in all); a layer
 norm of 4 · 64 elements 2 more forward (6 in PyTorch) and 4 more forward and backward (48 in PyTorch).
@@ -19,6 +20,7 @@ from torch.library import Library, get_kernel
 from torch.nn import attention as pytorch_attention
 
 from . import attention
+from .composed import override_attention, override_rms_norm
 from .native import REBUILD
 from .norm import KERNEL_DTYPES
 from .ops import NATIVE
@@ -74,7 +76,12 @@ def _reasons_against_layer_norm(
             yield f"weight or bias is {parameter_dtype}, and input {dtype}"
 
 
-_norms: list[Library] = []
+_libraries: dict[str, list[Library]] = {"attention": [], "norm": []}
+
+
+def _destroy(subject: str) -> None:
+    while _libraries[subject]:
+        _libraries[subject].pop()._destroy()
 
 
 def _provide_attention() -> None:
@@ -82,23 +89,25 @@ def _provide_attention() -> None:
         return
     limits = attention.FEWEST_QUERIES, attention.FEWEST_MULTIPLICATIONS, attention.LARGEST_HEAD_DIM
     torch.ops.trilby.provide_attention(*limits)
+    _libraries["attention"].append(override_attention())
 
 
 def _withdraw_attention() -> None:
     if NATIVE.loaded:
         torch.ops.trilby.withdraw_attention()
+        _destroy("attention")
 
 
 def _provide_norm() -> None:
     if NATIVE.loaded:
-        _norms.append(_pytorchs_norms())
+        _libraries["norm"] += [_pytorchs_norms(), override_rms_norm()]
         torch.ops.trilby.provide_layer_norm()
 
 
 def _withdraw_norm() -> None:
     if NATIVE.loaded:
         torch.ops.trilby.withdraw_layer_norm()
-        _norms.pop()._destroy()
+        _destroy("norm")
 
 
 ATTENTION = Override(_provide_attention, _withdraw_attention)
@@ -124,13 +133,13 @@ def _hold(holder: object, stacklevel: int) -> None:
 
 
 def activate() -> None:
-    """Let trilby compute every attention and layer norm of this process on CPUs, in any model, unchanged.
+    """Let trilby compute every attention and norm of this process on CPUs, in any model, unchanged.
 
     `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, `F.layer_norm`,
-    `nn.LayerNorm` and all that is made of them run trilby's kernels from now on, forward and backward, until `restore`.
-    Attention that trilby has no faster kernel for (a mask, few queries, float64) stays PyTorch's, as it does in
-    `trilby.kernels.scaled_dot_product_attention`; so do layer norms in other dtypes than float32, bfloat16 and float16.
-    RMS norms are made of PyTorch's elementwise operators and stay so. Activating twice is activating once.
+    `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
+    and backward, until `restore`. Attention that trilby has no faster kernel for (few queries, float64) stays
+    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do norms in other dtypes than float32,
+    bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is activating once.
 
     Call it while no other thread is inside a model: PyTorch's table of kernels is written to.
 
