@@ -139,7 +139,8 @@ def activate() -> None:
     `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
     and backward, until `restore`. Attention that trilby has no faster kernel for (few queries, float64) stays
     PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do norms in other dtypes than float32,
-    bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is activating once.
+    bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is
+    activating once.
 
     Call it while no other thread is inside a model: PyTorch's table of kernels is written to.
 
