@@ -1,4 +1,4 @@
-"""The two commands: `python -m trilby.gpt train --text FILE` and `python -m trilby.gpt generate --prompt TEXT`."""
+"""The commands: `python -m trilby.gpt train --text FILE`, `python -m trilby.gpt generate --prompt TEXT`, and others."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from trilby import kernels
 from . import data
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
-from .generate import encode_prompt, stream_text
+from .display import show
+from .generate import encode_prompt, generate_texts, stream_text
+from .model import GPT
+from .pretrained import load_pretrained, pretrained_tokenizer
 from .progress import progress
 from .sampling import Sampling
-from .tokenizers import NAMES, encode_documents, make_tokenizer
+from .tokenizers import NAMES, Tokenizer, decode, encode_documents, make_tokenizer
 from .train import Training
 
 CHECKPOINT = Path("checkpoint.safetensors")
@@ -60,14 +63,19 @@ def parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="write on from a prompt", allow_abbrev=False)
     generate.set_defaults(command=generate_command)
-    generate.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="default: %(default)s")
-    generate.add_argument("--prompt", default="\n", metavar="TEXT", help="default: a new line")
+    _add_model(generate)
+    prompt = "default: a new line; several are continued together"
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help=prompt)
     generate.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: greedy; default: %(default)s")
     generate.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
     generate.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P only")
     generate.add_argument("--seed", type=int, default=1337, metavar="N", help="default: %(default)s")
-    generate.add_argument("--device", default="cpu", help="default: %(default)s")
+    slide = "tokens by which a full context moves: 1 reads all it can, more is faster; default: %(default)s"
+    generate.add_argument("--slide", type=int, default=1, metavar="N", help=slide)
+    cache = "keep keys and values: the same tokens as without, and sooner; default: yes"
+    generate.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help=cache)
+
     return program
 
 
@@ -94,20 +102,41 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def generate_command(options: argparse.Namespace) -> None:
-    """Print the prompt and what the model writes after it, as it writes it."""
+    """Print the prompt and what the model writes after it, as it writes it; of several prompts, one after another."""
     if options.max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 0")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    checkpoint = Checkpoint.open(options.checkpoint)
-    tokenizer = checkpoint.make_tokenizer()
-    prompt = encode_prompt(tokenizer, options.prompt)
-    model = checkpoint.make_model(device=options.device)
+    model, tokenizer = _load_model(options)
+    prompts = options.prompt or ["\n"]
     device = next(model.parameters()).device
+    texts = [encode_prompt(tokenizer, prompt)[0].to(device) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(options.seed)
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(model, tokenizer, prompt.to(device), options.max_new_tokens, sampling, generator):
-        print(piece, end="", flush=True)
-    print()
+    how: dict[str, Any] = {"slide": options.slide, "use_cache": options.cache}
+    if len(prompts) == 1:
+        prompt = texts[0][None]
+        pieces = stream_text(model, tokenizer, prompt, options.max_new_tokens, sampling, generator, **how)
+        show(prompts[0], pieces)
+        return
+    continued = generate_texts(model, texts, options.max_new_tokens, sampling, generator, **how)
+    for prompt, text, whole in zip(prompts, texts, continued):
+        show(prompt, [decode(tokenizer, whole[len(text) :].tolist())])
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """The options that say which model, and how it is held."""
+    command.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="default: %(default)s")
+    pretrained = "GPT-2 as transformers keeps it, instead of a checkpoint: a folder or a safetensors file"
+    command.add_argument("--pretrained", type=Path, metavar="PATH", help=pretrained)
+    command.add_argument("--device", default="cpu", help="default: %(default)s")
+
+
+def _load_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """The model that `options` name, and its tokenizer."""
+    if options.pretrained is not None:
+        model = load_pretrained(options.pretrained, device=options.device)
+        return model, pretrained_tokenizer(model.config)
+    checkpoint = Checkpoint.open(options.checkpoint)
+    return checkpoint.make_model(device=options.device), checkpoint.make_tokenizer()
 
 
 def _resume(path: Path, text: data.Text, given: dict[str, Any]) -> tuple[Any, Training]:

@@ -20,9 +20,11 @@ from .config import PRESETS, GPTConfig, parameter_count
 from .layers import TRILBY, Layers
 from .model import GPT
 from .tensor_file import reading, write
+from .tokenizers import TiktokenTokenizer
 from .train import check_device
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+VOCABULARY = 50257
 SIZES = {  # config.json's names of what decides the shapes
     "n_positions": "block_size",
     "vocab_size": "vocab_size",
@@ -103,6 +105,18 @@ def save_pretrained(path: str | Path, model: GPT) -> None:
     values |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     values |= {"architectures": ["GPT2LMHeadModel"], "dtype": str(model.transformer.wte.weight.dtype).split(".")[1]}
     (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def pretrained_tokenizer(config: GPTConfig) -> TiktokenTokenizer:
+    """GPT-2's own tokenizer, which every published GPT-2 was trained with.
+
+    Raises:
+        PretrainedError: the model has another vocabulary.
+        ImportError, FileNotFoundError: see `TiktokenTokenizer`.
+    """
+    if config.vocab_size != VOCABULARY:
+        raise PretrainedError(f"the model has {config.vocab_size} tokens; of GPT-2's vocabulary there are {VOCABULARY}")
+    return TiktokenTokenizer("gpt2")
 
 
 class _Stored(NamedTuple):
