@@ -32,23 +32,22 @@ class Places(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer, (B, H, S, D) each, and where the next ones go."""
+    """The keys and values of one layer, and where the next ones go."""
 
-    keys: Tensor
-    values: Tensor
+    memory: Tensor  # (2, B, H, S, D): a key and its value are written at once, which halves what a token costs here
     places: Places
 
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take in `key` and `value`, (B, H, T, D); return all, (B, H, stop, D) each, and `key_lengths`."""
+    def extend(self, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in keys and values, (2, B, H, T, D); return all, (B, H, stop, D) each, and `key_lengths`."""
         start, stop, positions, key_lengths = self.places
         if key_lengths is None:
-            self.keys[:, :, start:stop] = key
-            self.values[:, :, start:stop] = value
+            self.memory[:, :, :, start:stop] = new
         else:
-            sequences = torch.arange(len(key), device=key.device)[:, None]
-            self.keys[sequences, :, positions] = key.transpose(1, 2)  # (B, T, H, D), as the two indices make it
-            self.values[sequences, :, positions] = value.transpose(1, 2)
-        return self.keys[:, :, :stop], self.values[:, :, :stop], key_lengths
+            sequences = torch.arange(new.shape[1], device=new.device)[:, None]
+            # (2, H, B, T, D): the sequence and the position are one place
+            self.memory.transpose(1, 2)[:, :, sequences, positions] = new.transpose(1, 2)
+        keys, values = self.memory[:, :, :, :stop].unbind()
+        return keys, values, key_lengths
 
 
 class Reading(NamedTuple):
@@ -85,7 +84,7 @@ class Cache:
             raise ValueError(f"size is {size}; it must be at least 1 and at most block_size, {config.block_size}")
         shape = (config.n_layer, 2, batch_size, config.n_head, size, config.n_embd // config.n_head)
         # Zeros, which cost nothing until the first token comes: attention that masks would let a stray NaN through.
-        self._memory = [layer.unbind() for layer in torch.zeros(shape, dtype=dtype, device=device).unbind()]
+        self._memory = torch.zeros(shape, dtype=dtype, device=device).unbind()
         self._all_positions = torch.arange(size, device=device)
         self.batch_size = batch_size
         self.size = size
@@ -112,7 +111,7 @@ class Cache:
         else:
             positions = self.lengths[:, None] + self._all_positions[:T]
             places = Places(start, stop, positions, self.lengths + T)
-        return Reading(places, tuple(LayerCache(keys, values, places) for keys, values in self._memory))
+        return Reading(places, tuple(LayerCache(memory, places) for memory in self._memory))
 
     def finish(self, reading: Reading, counts: Tensor | None = None) -> None:
         """Keep what was read: all of each row, or the first `counts`, (B), of it, the rest being padding."""

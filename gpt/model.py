@@ -49,11 +49,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, input: Tensor, past: LayerCache | None = None, starts: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = input.shape
-        heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
-        query, key, value = heads.unbind(dim=2)  # (B, H, T, D) each, views of one product
+        heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind()  # (B, H, T, D) each, views of one product
         dropout_p = self.dropout if self.training else 0.0
         if past is not None:
-            output = self.layers.cached_attention(query, *past.extend(key, value))
+            output = self.layers.cached_attention(query, *past.extend(heads[1:]))
         elif starts is not None:
             output = self.layers.packed_attention(query, key, value, starts, self.block_size, dropout_p)
         else:

@@ -82,7 +82,7 @@ def test_the_decoder_runs_on_last_tokens_only(model, tokens):
 
 def test_memory_is_that_of_the_tokens_asked_for(config, model):
     layer = model.make_cache(2, 5).begin(torch.zeros(2, 1, dtype=torch.int64)).layers[0]
-    assert layer.keys.shape == layer.values.shape == (2, config.n_head, 5, config.n_embd // config.n_head)
+    assert layer.memory.shape == (2, 2, config.n_head, 5, config.n_embd // config.n_head)
 
 
 def test_what_does_not_fit_is_refused(config, model, tokens):
@@ -99,11 +99,9 @@ def test_a_wrong_place_would_be_noticed(model, tokens, monkeypatch):
     """A mutant: keys written one place too early."""
     extend = LayerCache.extend
 
-    def misplace(self, key, value):
+    def misplace(self, new):
         start = max(self.places.start - 1, 0)
-        moved = self.places._replace(start=start, stop=start + key.shape[2])
-        keys, values, key_lengths = extend(self._replace(places=moved), key, value)
-        return keys, values, key_lengths
+        return extend(self._replace(places=self.places._replace(start=start, stop=start + new.shape[3])), new)
 
     monkeypatch.setattr(LayerCache, "extend", misplace)
     with pytest.raises(AssertionError):
