@@ -11,13 +11,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from trilby import kernels
 
-from . import data
+from . import data, explain, trace
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
 from .display import show
 from .generate import encode_prompt, generate_texts, stream_text
 from .model import GPT
-from .pretrained import load_pretrained, pretrained_tokenizer
+from .pretrained import load_pretrained, pretrained_tokenizer, save_pretrained
 from .progress import progress
 from .sampling import Sampling
 from .tokenizers import NAMES, Tokenizer, decode, encode_documents, make_tokenizer
@@ -44,9 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option of both commands; those of a configuration have its names and its defaults."""
-    program = argparse.ArgumentParser(prog="python -m trilby.gpt", description="Train a GPT, and write with it.")
-    commands = program.add_subparsers(required=True, metavar="train | generate")
+    """Every option of every command; those of a configuration have its names and its defaults."""
+    program = argparse.ArgumentParser(
+        prog="python -m trilby.gpt", description="Train a GPT, write with it, and see inside."
+    )
+    commands = program.add_subparsers(required=True, metavar="train | generate | explain | trace | export")
 
     train = commands.add_parser("train", help="train a GPT on a text", allow_abbrev=False)
     train.set_defaults(command=train_command)
@@ -76,6 +78,23 @@ def parser() -> argparse.ArgumentParser:
     cache = "keep keys and values: the same tokens as without, and sooner; default: yes"
     generate.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help=cache)
 
+    show = commands.add_parser("explain", help="show a model at work on a text, step by step", allow_abbrev=False)
+    show.set_defaults(command=explain_command)
+    _add_model(show)
+    show.add_argument("--text", required=True, metavar="TEXT", help="what it reads")
+    for name in ("layer", "head"):
+        show.add_argument(f"--{name}", type=int, default=0, metavar="N", help="whose attention; default: %(default)s")
+
+    tell = commands.add_parser("trace", help="tell which kernel serves which layer", allow_abbrev=False)
+    tell.set_defaults(command=trace_command)
+    tell.add_argument("--preset", choices=list(PRESETS), default="gpt2", help="default: %(default)s")
+    tell.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: %(default)s")
+    tell.add_argument("--length", type=int, metavar="T", help="of the texts; default: the longest context")
+
+    export = commands.add_parser("export", help="write a model as transformers reads it", allow_abbrev=False)
+    export.set_defaults(command=export_command)
+    _add_model(export)
+    export.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where")
     return program
 
 
@@ -120,6 +139,32 @@ def generate_command(options: argparse.Namespace) -> None:
     continued = generate_texts(model, texts, options.max_new_tokens, sampling, generator, **how)
     for prompt, text, whole in zip(prompts, texts, continued):
         show(prompt, [decode(tokenizer, whole[len(text) :].tolist())])
+
+
+def explain_command(options: argparse.Namespace) -> None:
+    """Print what a model does with a text."""
+    model, tokenizer = _load_model(options)
+    tokens = encode_prompt(tokenizer, options.text)[0].to(next(model.parameters()).device)
+    for line in explain.describe(model, tokenizer, tokens, options.layer, options.head):
+        print(line)
+
+
+def trace_command(options: argparse.Namespace) -> None:
+    """Print which kernels serve a new model of a known size; of its blocks, which are all alike, the first two."""
+    config = PRESETS[options.preset]
+    for name, value, most in (("batch_size", options.batch_size, None), ("length", options.length, config.block_size)):
+        if value is not None and not 1 <= value <= (most or value):
+            raise ValueError(f"{name} is {value}; it must be at least 1" + (f" and at most {most}" if most else ""))
+    model = GPT(replace(config, n_layer=min(config.n_layer, 2)))
+    for line in trace.describe(model, options.batch_size, options.length or config.block_size - 1):
+        print(line)
+
+
+def export_command(options: argparse.Namespace) -> None:
+    """Write a model into a folder."""
+    model, _ = _load_model(options)
+    save_pretrained(options.to, model)
+    print(f"{options.to}: {parameter_count(model.config):,} parameters, for GPT2LMHeadModel.from_pretrained")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -26,6 +26,15 @@ def _cached_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Te
     return F.scaled_dot_product_attention(query, key, value, attn_mask=places <= last)
 
 
+def _decoding_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+    T, S = query.shape[2], key.shape[2]
+    if key_lengths is None and T in (1, S):
+        return kernels.scaled_dot_product_attention(query, key, value, is_causal=T > 1)
+    output = kernels.attend(query, key, value, is_causal=True, lower_right=True, key_lengths=key_lengths)
+    assert isinstance(output, Tensor), "the logsumexp was not asked for"
+    return output
+
+
 def sequence_of(places: Tensor, starts: Tensor) -> Tensor:
     """The number of the sequence that each of `places` is in, given where they begin, `starts` (N + 1)."""
     return torch.searchsorted(starts, places.to(starts.dtype), right=True) - 1
@@ -111,6 +120,7 @@ TRILBY = Layers(
     attention=kernels.scaled_dot_product_attention,
     layer_norm=kernels.layer_norm,
     add_layer_norm=kernels.add_layer_norm,
+    cached_attention=_decoding_attention,
     packed_attention=_varlen_attention,
     linear_cross_entropy=linear_cross_entropy,
 )
