@@ -43,8 +43,9 @@ COMMON = [
     "-Wall",
     "-Wextra",
 ]
-# gcc 12 takes its own _mm512_undefined for a mistake, and notes that vectors have no common ABI, which nothing exports.
-COMMON += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+# gcc 12 takes its own _mm512_undefined for a mistake, and notes that vectors have no common ABI, which nothing exports;
+# clang knows no such warnings.
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
 TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI has parallel_for
 
 
