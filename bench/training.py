@@ -15,13 +15,12 @@ from trilby.gpt import (
     Text,
     TrainConfig,
     default_text,
-    parameter_count,
     split,
 )
 from trilby.gpt import Training as Trainer
+from trilby.gpt.ceiling import training_flops
 from trilby.gpt.config import Precision
 
-from .cases import attention_flops
 from .machine import Ceilings
 from .measure import quantiles
 from .results import OURS, RIVAL, Error, Row, Training, Work
@@ -93,18 +92,6 @@ def train(
         trainings.append(training)
         rows.append(_row(lesson, model, training, seconds, ceilings, text))
     return tuple(rows), tuple(trainings)
-
-
-def training_flops(model: GPTConfig, batch_size: int) -> float:
-    """Floating-point operations of one step: 6 per parameter that multiplies, and token; and causal attention's.
-
-    The position embedding multiplies nothing; the token embedding does, as the decoder.
-    """
-    tokens = batch_size * model.block_size
-    multiplying = parameter_count(model) - model.block_size * model.n_embd
-    D = model.n_embd // model.n_head
-    attention = attention_flops(batch_size, model.n_head, model.block_size, D, "forward+backward")
-    return 6 * multiplying * tokens + model.n_layer * attention
 
 
 def _train_in_float64(

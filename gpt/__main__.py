@@ -1,32 +1,38 @@
-"""The commands: `python -m trilby.gpt train --text FILE`, `python -m trilby.gpt generate --prompt TEXT`, and others."""
+"""The commands: `python -m trilby.gpt train --text FILE`, `… generate --prompt TEXT`, and others."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 from trilby import kernels
 
-from . import data, explain, trace
-from .checkpoint import Checkpoint, save_checkpoint
+from . import explain, trace
+from .ceiling import measure_ceiling
+from .checkpoint import Checkpoint
 from .config import PRESETS, GPTConfig, TrainConfig, parameter_count
 from .display import show
 from .generate import encode_prompt, generate_texts, stream_text
 from .model import GPT
 from .pretrained import load_pretrained, pretrained_tokenizer, save_pretrained
-from .progress import progress
+from .progress import byte_progress, progress
+from .run import Run
 from .sampling import Sampling
-from .tokenizers import NAMES, Tokenizer, decode, encode_documents, make_tokenizer
-from .train import Training
+from .settings import Settings, make_settings
+from .sizes import lines_of, presets_table
+from .tokenizers import NAMES, Tokenizer, decode
+from .train import Step, check_device
 
-CHECKPOINT = Path("checkpoint.safetensors")
+RUN = Path("run")
 # The tokenizer decides vocab_size; the command line has everything else that a configuration has.
 MODEL_FIELDS = {name: kind for name, kind in get_type_hints(GPTConfig).items() if name != "vocab_size"}
 TRAIN_FIELDS = get_type_hints(TrainConfig)
+DATA_FIELDS = ("text", "tokenizer", "vocab_size")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,25 +49,52 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that answers an option that there is not with the one that is nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and `message`, and exit with 2."""
+        known = [option for action in self._every_action() for option in action.option_strings]
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized") and unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+    def _every_action(self) -> list[argparse.Action]:
+        """Its own actions, and those of its commands."""
+        commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [
+            *self._actions,
+            *(inner for each in commands for one in each.choices.values() for inner in one._actions),
+        ]
+
+
 def parser() -> argparse.ArgumentParser:
     """Every option of every command; those of a configuration have its names and its defaults."""
-    program = argparse.ArgumentParser(
-        prog="python -m trilby.gpt", description="Train a GPT, write with it, and see inside."
-    )
-    commands = program.add_subparsers(required=True, metavar="train | generate | explain | trace | export")
+    program = Parser(prog="python -m trilby.gpt", description="Train a GPT, write with it, and see inside.")
+    commands = program.add_subparsers(required=True, metavar="train | presets | generate | explain | trace | export")
 
     train = commands.add_parser("train", help="train a GPT on a text", allow_abbrev=False)
     train.set_defaults(command=train_command)
-    train.add_argument("--text", metavar="FILE", help="default: $TRILBY_TEXT, tinyshakespeare or Python's manual")
-    train.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="default: %(default)s")
+    train.add_argument("--run", type=Path, default=RUN, metavar="FOLDER", help="what it leaves; default: %(default)s")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint, with its configuration")
-    tokenizers = f"{', '.join(NAMES)}, or a SentencePiece model file; default: %(default)s"
-    train.add_argument("--tokenizer", metavar="NAME", default="characters", help=tokenizers)
+    train.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML, as config.toml in a run; flags come before it"
+    )
+    train.add_argument("--sample-tokens", type=int, default=200, metavar="N", help="to write at every checkpoint")
+    texts = "a document each; default: $TRILBY_TEXT, tinyshakespeare or Python's manual"
+    train.add_argument("--text", nargs="+", metavar="FILE", help=texts)
+    tokenizers = f"{', '.join(NAMES)}, or a SentencePiece model file; default: characters"
+    train.add_argument("--tokenizer", metavar="NAME", help=tokenizers)
     train.add_argument("--vocab-size", type=int, metavar="N", help="how many tokens byte-pair learns from the text")
-    train.add_argument("--preset", choices=list(PRESETS), default="character", help="default: %(default)s")
+    train.add_argument("--preset", choices=list(PRESETS), help=f"default: {Settings.preset}")
     _add_fields(train.add_argument_group("the model, where it differs from the preset"), MODEL_FIELDS, {})
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     _add_fields(train.add_argument_group("training"), TRAIN_FIELDS, defaults)
+
+    presets = commands.add_parser("presets", help="the published sizes, and what memory they take")
+    presets.set_defaults(command=presets_command)
 
     generate = commands.add_parser("generate", help="write on from a prompt", allow_abbrev=False)
     generate.set_defaults(command=generate_command)
@@ -99,25 +132,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train_command(options: argparse.Namespace) -> None:
-    """Train, or go on training, and keep a checkpoint."""
+    """Train, or go on training, and keep everything in the folder of the run."""
     kernels.keep_memory()  # a program of its own may have the allocator keep what every step needs again
-    text = data.default_text() if options.text is None else data.read_text(options.text)
-    given = {name: getattr(options, name) for name in (*MODEL_FIELDS, *TRAIN_FIELDS)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.resume:
-        tokenizer, training = _resume(options.checkpoint, text, given)
-    else:
-        tokenizer = make_tokenizer(options.tokenizer, [text.content], options.vocab_size)
-        tokens = data.split(encode_documents(tokenizer, [text.content]))
-        shape = {name: value for name, value in given.items() if name in MODEL_FIELDS}
-        model = replace(PRESETS[options.preset], vocab_size=tokenizer.vocab_size, **shape)
-        config = TrainConfig(**{name: value for name, value in given.items() if name in TRAIN_FIELDS})
-        training = Training.start(model, config, tokens)
-    print(f"text: {text.source}, {sum(map(len, training.tokens[:2])):,} tokens of {tokenizer.vocab_size:,} kinds")
-    print(f"model: {parameter_count(training.model.config):,} parameters", flush=True)
-    with progress(training.config.max_steps, training.steps_done) as on_step:
-        training.run(on_step, save=lambda training: save_checkpoint(options.checkpoint, training, tokenizer))
-    print(f"checkpoint: {options.checkpoint}, after step {training.steps_done}")
+    if options.sample_tokens < 0:
+        raise ValueError(f"sample_tokens is {options.sample_tokens}; it must be at least 0")
+    run, flags = Run(options.run), _flags(options)
+    with byte_progress("tokenizing") as on_bytes:
+        if options.resume:
+            changes = {name: value for table in flags.values() for name, value in table.items()}
+            tokenizer, training = run.resume(changes, on_bytes)
+        else:
+            tokenizer, training = run.start(make_settings(options.config, flags), on_bytes)
+    tokens, config, model = training.tokens, training.config, training.model.config
+    print(f"text: {len(tokens.train) + len(tokens.validation):,} tokens of {tokenizer.vocab_size:,} kinds")
+    print(f"model: {parameter_count(model):,} parameters", flush=True)
+    ceiling = measure_ceiling(model, config.precision, check_device(config.device))
+    with (
+        run.recording(training, tokenizer, options.sample_tokens) as (record, save),
+        progress(config.max_steps, training.steps_done, ceiling) as report,
+    ):
+
+        def on_step(step: Step) -> None:
+            record(step)
+            report(step)
+
+        training.run(on_step, save)
+    print(f"checkpoint: {run.checkpoint}, after step {training.steps_done}")
+
+
+def presets_command(options: argparse.Namespace) -> None:
+    """Print the published sizes."""
+    print("\n".join(lines_of(presets_table())))
 
 
 def generate_command(options: argparse.Namespace) -> None:
@@ -169,7 +214,8 @@ def export_command(options: argparse.Namespace) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     """The options that say which model, and how it is held."""
-    command.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="default: %(default)s")
+    checkpoint = Run(RUN).checkpoint
+    command.add_argument("--checkpoint", type=Path, default=checkpoint, metavar="FILE", help="default: %(default)s")
     pretrained = "GPT-2 as transformers keeps it, instead of a checkpoint: a folder or a safetensors file"
     command.add_argument("--pretrained", type=Path, metavar="PATH", help=pretrained)
     command.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -184,16 +230,13 @@ def _load_model(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     return checkpoint.make_model(device=options.device), checkpoint.make_tokenizer()
 
 
-def _resume(path: Path, text: data.Text, given: dict[str, Any]) -> tuple[Any, Training]:
-    """The training in the checkpoint at `path`; of the configuration only max_steps may be given anew."""
-    if others := sorted(given.keys() - {"max_steps"}):
-        raise ValueError(f"--resume goes on as the checkpoint says; {', '.join(others)} cannot change, only max_steps")
-    checkpoint = Checkpoint.open(path)
-    tokenizer = checkpoint.make_tokenizer()
-    tokens = data.split(encode_documents(tokenizer, [text.content]))
-    training = checkpoint.resume(tokens)
-    training.config = replace(training.config, **given)
-    return tokenizer, training
+def _flags(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The options that were given, by the table of a configuration file that they belong to."""
+    tables = {"": ("preset",), "data": DATA_FIELDS, "model": MODEL_FIELDS, "train": TRAIN_FIELDS}
+    return {
+        table: {name: value for name in names if (value := getattr(options, name)) is not None}
+        for table, names in tables.items()
+    }
 
 
 def _add_fields(group: argparse._ArgumentGroup, kinds: dict[str, Any], defaults: dict[str, Any]) -> None:

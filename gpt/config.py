@@ -7,7 +7,7 @@ one that works, whether it came from a program, a command line or a file of unkn
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -100,13 +100,17 @@ def to_dict(config: GPTConfig | TrainConfig) -> dict[str, Any]:
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """A `kind` made of `values`; an unknown name raises ValueError with the nearest known one."""
-    known = [field.name for field in fields(kind)]
-    for name in values:
+    check_names(kind.__name__, values, [field.name for field in fields(kind)])
+    return kind(**values)
+
+
+def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """ValueError for the first of `names` that is not `known`, with the nearest one that is."""
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{kind.__name__} has no field {name!r}; {hint}")
-    return kind(**values)
+            raise ValueError(f"{where} has no field {name!r}; {hint}")
 
 
 def _check_types(config: GPTConfig | TrainConfig) -> None:

@@ -1,9 +1,10 @@
-"""The two commands, as a user runs them, and what a user without the optional packages sees."""
+"""The commands, as a user runs them, and what a user without the optional packages sees."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from trilby.gpt import Checkpoint
@@ -28,12 +29,12 @@ def file(tmp_path, text):
 def test_train_resume_and_generate(file, tmp_path):
     trained = run("train", "--text", "text.txt", "--max-steps", "30", "--eval-interval", "10", *SMALL, cwd=tmp_path)
     assert (trained.returncode, trained.stderr.count("validation loss")) == (0, 3), trained.stderr
-    assert "text: text.txt, 5,130 tokens of 26 kinds" in trained.stdout
+    assert "text: 5,130 tokens of 26 kinds" in trained.stdout
     losses = [float(loss) for loss in re.findall(r": loss ([\d.]+),", trained.stderr)]
     assert losses[-1] < losses[0]
-    assert Checkpoint.open(tmp_path / "checkpoint.safetensors").steps_done == 30
+    assert Checkpoint.open(tmp_path / "run" / "checkpoint.safetensors").steps_done == 30
 
-    resumed = run("train", "--text", "text.txt", "--resume", "--max-steps", "40", cwd=tmp_path)
+    resumed = run("train", "--resume", "--max-steps", "40", cwd=tmp_path)
     assert (resumed.returncode, "after step 40" in resumed.stdout) == (0, True), resumed.stderr
 
     first, second = (run("generate", "--prompt", "99 ", "--max-new-tokens", "20", cwd=tmp_path) for _ in range(2))
@@ -46,19 +47,24 @@ def test_train_resume_and_generate(file, tmp_path):
 def test_resuming_is_training_on(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ["--text", "text.txt", "--eval-interval", "0", "--dropout", "0.1", *SMALL]
-    assert main(["train", *common, "--max-steps", "20", "--checkpoint", "whole"]) == 0
+    assert main(["train", *common, "--max-steps", "20", "--run", "whole"]) == 0
 
     stopped = Stop(after=12)
     monkeypatch.setattr("trilby.gpt.__main__.progress", stopped)
-    interrupted = ["train", *common, "--max-steps", "20", "--save-interval", "5", "--checkpoint", "parts"]
+    interrupted = ["train", *common, "--max-steps", "20", "--save-interval", "5", "--run", "parts"]
     assert main(interrupted) == 130
-    assert Checkpoint.open("parts").steps_done == 10
+    assert Checkpoint.open("parts/checkpoint.safetensors").steps_done == 10
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--text", "text.txt", "--resume", "--checkpoint", "parts"]) == 0
+    assert len(Path("parts/losses.csv").read_text().splitlines()) == 1 + 12
+    assert main(["train", "--resume", "--run", "parts"]) == 0
 
-    ours, theirs = (Checkpoint.open(name).make_model().state_dict() for name in ("parts", "whole"))
+    ours, theirs = (Checkpoint.open(f"{name}/checkpoint.safetensors").make_model() for name in ("parts", "whole"))
+    ours, theirs = ours.state_dict(), theirs.state_dict()
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+    tables = [Path(name, "losses.csv").read_text().splitlines() for name in ("parts", "whole")]
+    ours, theirs = ([row.rsplit(",", 2)[0] for row in table] for table in tables)  # without the time of a step
+    assert ours == theirs
 
 
 class Stop:
@@ -88,8 +94,10 @@ class Stop:
         (["train", "--text", "text.txt", "--n-head", "3"], "n_embd is 128; it must be a multiple of n_head, 3"),
         (["train", "--text", "text.txt", "--block-size", "100000"], "at least 100001"),
         (["train", "--text", "text.txt", "--device", "cuda:99"], "device is 'cuda:99'"),
-        (["train", "--text", "text.txt", "--resume"], "checkpoint.safetensors"),
-        (["train", "--text", "text.txt", "--resume", "--n-layer", "3"], "n_layer cannot change"),
+        (["train", "--resume"], "checkpoint.safetensors"),
+        (["train", "--resume", "--n-layer", "3"], "n_layer cannot change"),
+        (["train", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["train", "--sample-tokens", "-1"], "sample_tokens is -1"),
         (["generate"], "checkpoint.safetensors"),
         (["generate", "--checkpoint", "text.txt"], "not a safetensors file"),
         (["generate", "--temperature", "-1"], "temperature is -1"),
@@ -105,10 +113,28 @@ def test_what_goes_wrong_is_one_line_that_says_what(arguments, message, file, tm
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["train", "--n-layers", "3"], ["train", "--max-step", "3"], ["write"], []])
-def test_an_unknown_option_is_refused(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--n-layers", "3"], "did you mean --n-layer?"),
+        (["train", "--max-step=3"], "did you mean --max-steps?"),
+        (["write"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_one(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_the_published_sizes_are_a_table(capsys):
+    assert main(["presets"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:2] == ["preset", "layers"]
+    sizes = {row[0]: row[5] for row in rows[1:]}
+    assert (sizes["gpt2"], sizes["gpt3"]) == ("124,439,808", "174,604,259,328")
+    assert rows[1][6:] == ["0.46", "GiB", "0.23", "GiB", "1.85", "GiB"]
 
 
 WITHOUT = """

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 from trilby.gpt import Step
-from trilby.gpt.progress import describe, progress
+from trilby.gpt.ceiling import Ceiling
+from trilby.gpt.progress import byte_progress, describe, duration, progress
 
 STEPS = [
     Step(number, loss=4 - number / 100, learning_rate=1e-3, seconds=0.5, tokens=1000, validation_loss=validation)
@@ -27,6 +28,41 @@ def shown(file):
 
 def test_a_step_is_one_line():
     assert describe(STEPS[2]) == "step 50: loss 3.5000, 2,000 tokens/s, validation loss 3.2500"
+
+
+def test_the_share_of_the_machine_is_said_where_it_is_known():
+    line = describe(STEPS[0], Ceiling(flops_per_token=300.0, rate=1e6))
+    assert line == "step 1: loss 3.9900, 2,000 tokens/s (60% of the machine)"
+
+
+def test_lines_say_how_long_the_rest_will_take(monkeypatch):
+    clock = iter([0.0, 2.0, 4.0, 6.0, 8.0])  # two seconds a call
+    monkeypatch.setattr("trilby.gpt.progress.time.monotonic", lambda: next(clock))
+    lines = shown(io.StringIO()).splitlines()
+    assert lines[0].endswith("validation loss 3.2500, 1:40 left")
+    assert "left" not in lines[1]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.2, "0:07"), (750, "12:30"), (10800, "3:00:00")])
+def test_a_duration_is_said_as_a_user_would(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_bytes_are_a_bar_on_a_terminal_and_now_and_then_a_line_in_a_file(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    clock = iter([0.0, 1.0, 6.0, 6.0])
+    monkeypatch.setattr("trilby.gpt.progress.time.monotonic", lambda: next(clock))
+    file = io.StringIO()
+    with byte_progress("tokenizing", file) as on_bytes:
+        on_bytes(100, 1000)
+        on_bytes(600, 1000)
+    assert file.getvalue() == "tokenizing: 60% of 1,000 bytes\n"
+    pytest.importorskip("rich")
+    monkeypatch.undo()
+    monkeypatch.setenv("TERM", "xterm")
+    with byte_progress("tokenizing", terminal := Terminal()) as on_bytes:
+        on_bytes(1000, 1000)
+    assert "1,000/1,000 bytes" in terminal.getvalue()
 
 
 def test_a_file_gets_a_line_now_and_then_for_every_validation_and_for_the_last_step():
