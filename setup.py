@@ -17,8 +17,22 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-PER_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "norm_forward.cpp", "norm_backward.cpp", "level.cpp"]
-ONCE = ["bindings_attention.cpp", "bindings_norm.cpp", "bindings_provider.cpp", "isa.cpp", "scratch.cpp"]
+PER_LEVEL = [
+    "attention_forward.cpp",
+    "attention_backward.cpp",
+    "norm_forward.cpp",
+    "norm_backward.cpp",
+    "linear.cpp",
+    "level.cpp",
+]
+ONCE = [
+    "bindings_attention.cpp",
+    "bindings_norm.cpp",
+    "bindings_linear.cpp",
+    "bindings_provider.cpp",
+    "isa.cpp",
+    "scratch.cpp",
+]
 X86_V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 X86_V4 = [
     *X86_V3,
@@ -45,7 +59,7 @@ COMMON = [
 ]
 # gcc 12 takes its own _mm512_undefined for a mistake, and notes that vectors have no common ABI, which nothing exports;
 # clang knows no such warnings.
-COMMON += ["-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
+COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
 TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI has parallel_for
 
 

@@ -119,6 +119,20 @@ struct NormBackward {
   float* workspace;  // norm_backward_workspace floats
 };
 
+// Rows of input times the transpose of a matrix of weights. `bias` is null where absent; weights are int8 where there
+// are `scales`, one for each output, and of `dtype` else. Strides count elements.
+struct Linear {
+  int64_t rows, inputs, outputs;  // M, K and N
+  Dtype dtype;                    // of input, bias and output
+  const void* input;
+  int64_t input_row, input_column;  // strides
+  const void* weight;               // [N, K], the elements of a row adjacent
+  int64_t weight_row;               // stride
+  const float* scales;
+  const void* bias;
+  void* output;  // [M, N] contiguous
+};
+
 // Every kernel of one instruction-set level.
 struct Kernels {
   const char* level;
@@ -126,6 +140,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&, const Threads&);
   void (*norm_forward)(const NormForward&, const Threads&);
   void (*norm_backward)(const NormBackward&, const Threads&);
+  void (*linear)(const Linear&, const Threads&);
 };
 
 // At least `bytes` of 64-byte-aligned memory that belongs to the calling thread until it asks again. It is kept from

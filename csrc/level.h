@@ -9,5 +9,6 @@ void attention_forward(const AttentionForward&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
 void norm_forward(const NormForward&, const Threads&);
 void norm_backward(const NormBackward&, const Threads&);
+void linear(const Linear&, const Threads&);
 
 }  // namespace trilby::TRILBY_LEVEL

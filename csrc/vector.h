@@ -180,4 +180,21 @@ static inline void transpose(Vector (&rows)[LANES]) {
   if constexpr (2 * SIDE < LANES) transpose<2 * SIDE>(rows);
 }
 
+// Lane i of the result is the sum of the lanes of rows[i], added in the order of horizontal_sum: the halves of each
+// row, then the halves of these, two rows in one register. 45 instructions for AVX-512's 16 sums.
+template <int SIDE, int... LANE>
+static inline Vector sums_of_blocks(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(a, b, (LANE & SIDE ? LANES + LANE - SIDE : LANE)...) +
+         __builtin_shufflevector(a, b, (LANE & SIDE ? LANES + LANE : LANE + SIDE)...);
+}
+
+template <int SIDE = LANES / 2>
+static inline Vector horizontal_sums(Vector (&rows)[LANES]) {
+  for (int i = 0; i < SIDE; i++) {
+    rows[i] = sums_of_blocks<SIDE>(rows[i], rows[i + SIDE], std::make_integer_sequence<int, LANES>{});
+  }
+  if constexpr (SIDE > 1) return horizontal_sums<SIDE / 2>(rows);
+  return rows[0];
+}
+
 }  // namespace trilby::TRILBY_LEVEL

@@ -2,6 +2,7 @@
 
 from .attention import attend, scaled_dot_product_attention
 from .explain import explain, strict
+from .linear import QuantizedWeight, linear, quantize_rows
 from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .provider import activate, activated, restore
@@ -9,6 +10,7 @@ from .varlen import varlen_attn
 
 __all__ = [
     "LayerNorm",
+    "QuantizedWeight",
     "RMSNorm",
     "activate",
     "activated",
@@ -18,6 +20,8 @@ __all__ = [
     "explain",
     "keep_memory",
     "layer_norm",
+    "linear",
+    "quantize_rows",
     "restore",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -28,6 +28,7 @@ class Operator:
         fake: Sizes, strides and dtypes of the results without computing them.
         backward: The gradient formula `(ctx, *gradients) -> gradients of the arguments`; None: not differentiable.
         save: What the forward keeps for it: `(ctx, inputs, output) -> None`.
+        triton: Whether `gpu` has a kernel of this name; else PyTorch computes the meaning there, too.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Operator:
     fake: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     save: Callable[..., None] | None = None
+    triton: bool = True
 
 
 def _empty_heads_inside(like: Tensor, B: int, H: int, T: int, D: int) -> Tensor:
@@ -188,6 +190,31 @@ ATTENTION_OPTIONS = (
     "float dropout_p, int longest_query"
 )
 
+
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _save_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
+    x, weight, _bias, scales = inputs
+    if scales is not None and scales.requires_grad:
+        raise ValueError("scales requires a gradient, and trilby::linear has none for it")
+    ctx.save_for_backward(x, weight, scales)
+
+
+def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scales = ctx.saved_tensors
+    scaled = grad_output if scales is None else grad_output * scales.to(grad_output.dtype)
+    rows = scaled.reshape(-1, scaled.shape[-1])
+    of_input, of_weight, of_bias, _ = ctx.needs_input_grad
+    return (
+        scaled @ weight.to(scaled.dtype) if of_input else None,
+        rows.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+        grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if of_bias else None,
+        None,
+    )
+
+
 OPERATORS = (
     Operator(
         "attention",
@@ -229,6 +256,15 @@ OPERATORS = (
         "-> (Tensor, Tensor, Tensor, Tensor)",
         reference.norm_backward,
         _fake_norm_backward,
+    ),
+    Operator(
+        "linear",
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor? scales) -> Tensor",
+        reference.linear,
+        _fake_linear,
+        _linear_backward,
+        _save_linear,
+        triton=False,
     ),
 )
 
@@ -272,7 +308,8 @@ def reasons_against_device(device: torch.device) -> tuple[str, ...]:
 def _define(library: Library, operator: Operator) -> None:
     library.define(operator.name + operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(operator.name, operator.meaning, "CompositeExplicitAutograd")
-    library.impl(operator.name, _gpu_kernel(operator.name), "CUDA")
+    if operator.triton:
+        library.impl(operator.name, _gpu_kernel(operator.name), "CUDA")
     torch.library.register_fake(f"trilby::{operator.name}", operator.fake, lib=library)
     if operator.backward is not None:
         register_autograd(f"trilby::{operator.name}", operator.backward, setup_context=operator.save, lib=library)

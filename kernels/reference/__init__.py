@@ -6,6 +6,7 @@ inputs are computed with in float32 and rounded once at the end, so that in floa
 
 from ..options import AttentionOptions
 from .attention import attention, attention_backward, visible
+from .linear import linear
 from .norm import add_norm, norm, norm_backward, statistics
 from .random import attention_dropout_factors, dropout_factors, random_words
 
@@ -16,6 +17,7 @@ __all__ = [
     "attention_backward",
     "attention_dropout_factors",
     "dropout_factors",
+    "linear",
     "norm",
     "norm_backward",
     "random_words",
