@@ -1,4 +1,4 @@
-// Causal-softmax attention, backward, on one instruction-set level.
+// Attention, backward, on one instruction-set level.
 //
 // As in the forward, a panel of queries lies in the lanes. For every block of keys that it sees,
 //     Sᵀ[n][m]  = sum over d of K[n][d] · Qᵀ[d][m]         Pᵀ = 2^((Sᵀ · scale - logsumexp[m]) · log2(e))
@@ -6,14 +6,17 @@
 //     dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m]
 //     dV[n][d]  += sum over m of Pᵀ[n][m] · dO[m][d]
 //     dK[n][d]  += sum over m of dSᵀ[n][m] · Q[m][d]
-// all in float32: five products, 10 · D flops for each visible pair, and one exp2.
+// all in float32: five products, 10 · D flops for each visible pair, and one exp2. What the forward does to scores,
+// masks and dropout included, is done again: dropout multiplies Pᵀ where it enters dV, and dPᵀ.
 //
 // One pass over a head makes all three gradients, with dK and dV of the whole head in scratch memory. Where there are
 // too few heads for the threads, or the head is too long for the scratch, two passes split the sequence: dQ by tiles of
 // queries (three products), dK and dV by tiles of keys (four). Every sum is taken over the same terms in the same order
 // in both, so that the result is the same, bit for bit, for any number of threads.
+#include "attention_dropout.h"
+#include "attention_score.h"
 #include "level.h"
-#include "panel.h"
+#include "product.h"
 
 namespace trilby::TRILBY_LEVEL {
 
@@ -32,6 +35,7 @@ struct Panel {
   float *queries_transposed, *grads_transposed, *grad_queries;  // [D][PANEL], [Dv][PANEL], [D][PANEL]
   float *queries, *grads;                                       // [PANEL][D], [PANEL][Dv], in whole vectors
   float *logsumexp, *delta;                                     // [PANEL]
+  DropoutRows rows;
 };
 
 struct Workspace {
@@ -40,6 +44,8 @@ struct Workspace {
   float *probabilities, *grad_scores;  // [BLOCK][PANEL]
   float *grad_keys, *grad_values;      // [gradient rows][D], [gradient rows][Dv], in whole vectors
   float* output_transposed;            // [Dv][PANEL]
+  float *mask, *seen;                  // [BLOCK][PANEL]
+  float *slopes, *dropout_factors;     // [BLOCK][PANEL]: of the softcap; of dropout
 
   Workspace(const AttentionShape& shape, int64_t gradient_rows) {
     Carver carver;
@@ -67,14 +73,20 @@ struct Workspace {
     grad_keys = carver.take(gradient_rows * whole_vectors(D));
     grad_values = carver.take(gradient_rows * whole_vectors(Dv));
     output_transposed = carver.take(Dv * PANEL);
+    mask = carver.take(BLOCK * PANEL);
+    seen = carver.take(BLOCK * PANEL);
+    slopes = carver.take(BLOCK * PANEL);
+    dropout_factors = carver.take(BLOCK * PANEL);
   }
 };
 
 // Which gradients a pass makes.
 enum class Wanted { all, query, key_and_value };
 
+// One head of one sequence.
 struct Head {
-  int64_t batch, query_head, key_head;
+  Sequence sequence;
+  int64_t query_head, key_head;
 };
 
 void clear(float* floats, int64_t count) { __builtin_memset(floats, 0, static_cast<size_t>(count) * sizeof(float)); }
@@ -103,17 +115,17 @@ void load_panel(const AttentionBackward& problem, const Head& head, int64_t firs
   using Element = typename Format::Element;
   const AttentionShape& shape = problem.shape;
   const int64_t D = shape.head_dim, Dv = shape.value_dim;
+  const int64_t batch = head.sequence.batch, row = head.sequence.first_query + first_query;
   panel.first_query = first_query;
-  panel.count = smaller(shape.query_length - first_query, PANEL);
-  const Element* query = row_of<Element>(problem.query, head.batch, head.query_head, first_query);
-  const Element* grad = row_of<Element>(problem.grad_output, head.batch, head.query_head, first_query);
-  const Element* output = row_of<Element>(problem.output, head.batch, head.query_head, first_query);
+  panel.count = smaller(head.sequence.queries - first_query, PANEL);
+  const Element* query = row_of<Element>(problem.query, batch, head.query_head, row);
+  const Element* grad = row_of<Element>(problem.grad_output, batch, head.query_head, row);
+  const Element* output = row_of<Element>(problem.output, batch, head.query_head, row);
   pack_transposed<Format>(query, problem.query, panel.count, D, 1.0f, panel.queries_transposed, PANEL);
   pack_transposed<Format>(grad, problem.grad_output, panel.count, Dv, 1.0f, panel.grads_transposed, PANEL);
   pack_padded<Format>(query, problem.query, panel.count, D, whole_vectors(D), panel.queries);
   pack_padded<Format>(grad, problem.grad_output, panel.count, Dv, whole_vectors(Dv), panel.grads);
-  const float* logsumexp =
-      problem.logsumexp + (head.batch * shape.query_heads + head.query_head) * shape.query_length + first_query;
+  const float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head.query_head) * shape.query_length + row;
   for (int64_t m = 0; m < PANEL; m++) {
     panel.logsumexp[m] = m < panel.count ? logsumexp[m] : INFINITE;
     if (panel.logsumexp[m] == -INFINITE) panel.logsumexp[m] = 0.0f;  // every score was -inf: 2^(-inf - 0)
@@ -121,16 +133,28 @@ void load_panel(const AttentionBackward& problem, const Head& head, int64_t firs
   pack_transposed<Format>(output, problem.output, panel.count, Dv, 1.0f, work.output_transposed, PANEL);
   sum_columns_of_product(work.output_transposed, panel.grads_transposed, Dv, panel.delta);
   clear(panel.grad_queries, D * PANEL);
+  if (problem.rule.dropout.threshold) {
+    panel.rows.start(problem.rule.dropout, batch * shape.query_heads + head.query_head, row);
+  }
 }
 
-// Scores to probabilities, their gradients to the scores' gradients, both [keys][PANEL] in place.
-void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, float scale, const Panel& panel) {
+// Scores to probabilities, their gradients to the scores' gradients, both [keys][PANEL] in place. With dropout, whose
+// factors are given then, only probabilities that are kept stay, unmultiplied.
+template <bool DROPOUT>
+void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, float scale, const Panel& panel,
+                      const float* factors) {
   for (int c = 0; c < PANEL_VECTORS; c++) {
     const Vector logsumexp = load(panel.logsumexp + c * LANES), delta = load(panel.delta + c * LANES);
     for (int64_t at = c * LANES; at < keys * PANEL; at += PANEL) {
       const Vector probability = exp2_of_nonpositive((load(probabilities + at) * scale - logsumexp) * LOG2_E);
-      store(probabilities + at, probability);
-      store(grad_scores + at, probability * (load(grad_scores + at) - delta));
+      if constexpr (DROPOUT) {
+        const Vector factor = load(factors + at);
+        store(probabilities + at, factor == 0.0f ? Vector{} : probability);
+        store(grad_scores + at, probability * (load(grad_scores + at) * factor - delta));
+      } else {
+        store(probabilities + at, probability);
+        store(grad_scores + at, probability * (load(grad_scores + at) - delta));
+      }
     }
   }
 }
@@ -145,34 +169,63 @@ void accumulate(float* gradient, int64_t keys, const float* weights, const float
   if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
 }
 
-void back_propagate(const AttentionBackward& problem, const Panel& panel, const KeyBlock& block, const Workspace& work,
-                    Wanted wanted, float* grad_keys, float* grad_values) {
-  const AttentionShape& shape = problem.shape;
-  const Sight sight(problem.rule, panel.first_query, block);
-  if (sight.keys <= 0) return;
-  const int64_t D = shape.head_dim, Dv = shape.value_dim;
-  product<PANEL_VECTORS, Start::zero>(sight.keys, {block.keys, D, 1}, panel.queries_transposed, PANEL,
-                                      work.probabilities, PANEL, nullptr, D);
-  product<PANEL_VECTORS, Start::zero>(sight.keys, {block.values, Dv, 1}, panel.grads_transposed, PANEL,
-                                      work.grad_scores, PANEL, nullptr, Dv);
-  softmax_backward(work.probabilities, work.grad_scores, sight.keys, problem.rule.scale, panel);
-  if (sight.diagonal) {
-    hide(work.probabilities, sight, 0.0f);
-    hide(work.grad_scores, sight, 0.0f);
+// Probabilities and the scores' gradients of a block that some query of the panel sees some of.
+void score_gradients(const AttentionBackward& problem, const Head& head, const Panel& panel, const KeyBlock& block,
+                     const Sight& sight, const Workspace& work) {
+  const AttentionRule& rule = problem.rule;
+  const int64_t D = problem.shape.head_dim, Dv = problem.shape.value_dim, keys = block.count;
+  product<PANEL_VECTORS, Start::zero>(keys, {block.keys, D, 1}, panel.queries_transposed, PANEL, work.probabilities,
+                                      PANEL, nullptr, D);
+  product<PANEL_VECTORS, Start::zero>(keys, {block.values, Dv, 1}, panel.grads_transposed, PANEL, work.grad_scores,
+                                      PANEL, nullptr, Dv);
+  float scale = rule.scale;
+  if (adjusts(rule)) {
+    adjust(rule, scale, head.sequence, head.query_head, sight, keys, work.probabilities, work.slopes);
+    scale = 1.0f;
   }
+  if (rule.dropout.threshold) {
+    dropout_factors(rule.dropout, panel.rows, block.first, keys, work.dropout_factors);
+    softmax_backward<true>(work.probabilities, work.grad_scores, keys, scale, panel, work.dropout_factors);
+  } else {
+    softmax_backward<false>(work.probabilities, work.grad_scores, keys, scale, panel, nullptr);
+  }
+  for (int64_t i = 0; rule.softcap > 0.0f && i < keys * PANEL; i += LANES) {
+    store(work.grad_scores + i, load(work.grad_scores + i) * load(work.slopes + i));
+  }
+  if (sight.hides(block)) {
+    hide(work.probabilities, keys, sight, 0.0f);
+    hide(work.grad_scores, keys, sight, 0.0f);
+  }
+}
+
+// What one panel and one block give to each other's gradients; those of the block's keys start at grad_keys and
+// grad_values.
+void back_propagate(const AttentionBackward& problem, const Head& head, const Panel& panel, const KeyBlock& whole,
+                    const Workspace& work, Wanted wanted, float* grad_keys, float* grad_values) {
+  const AttentionShape& shape = problem.shape;
+  const KeyBlock block = seen_part(whole, shape, head.sequence, panel.first_query, panel.first_query + PANEL);
+  if (block.count <= 0) return;
+  Sight sight(head.sequence, panel.first_query, block);
+  sight.mask = load_mask(problem.rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first,
+                         block.count, work.mask);
+  if (sight.mask.hides_all) return;
+  score_gradients(problem, head, panel, block, sight, work);
+  const int64_t D = shape.head_dim, Dv = shape.value_dim;
   if (wanted != Wanted::key_and_value) {
     const Operand keys = {block.keys, 1, D};
-    if (!zero_hides(sight, block.keys, D)) {
+    if (!zero_hides(sight, block.keys, block.count, D)) {
       product<PANEL_VECTORS, Start::resume, true>(D, keys, work.grad_scores, PANEL, panel.grad_queries, PANEL, nullptr,
-                                                  sight.keys, sight.shift);
+                                                  block.count, seen_pairs(sight, block.count, work.seen));
     } else {
       product<PANEL_VECTORS, Start::resume>(D, keys, work.grad_scores, PANEL, panel.grad_queries, PANEL, nullptr,
-                                            sight.keys);
+                                            block.count);
     }
   }
   if (wanted != Wanted::query) {
-    accumulate(grad_values, sight.keys, work.probabilities, panel.grads, whole_vectors(Dv));
-    accumulate(grad_keys, sight.keys, work.grad_scores, panel.queries, whole_vectors(D));
+    const int64_t skipped = block.first - whole.first;
+    accumulate(grad_values + skipped * whole_vectors(Dv), block.count, work.probabilities, panel.grads,
+               whole_vectors(Dv));
+    accumulate(grad_keys + skipped * whole_vectors(D), block.count, work.grad_scores, panel.queries, whole_vectors(D));
   }
 }
 
@@ -181,18 +234,19 @@ template <class Format>
 void backward_tile(const AttentionBackward& problem, const Head& head, int64_t first_query, int64_t panels,
                    int64_t first_key, int64_t end_key, Wanted wanted, Workspace& work) {
   const AttentionShape& shape = problem.shape;
+  const Sequence& sequence = head.sequence;
   for (int64_t p = 0; p < panels; p++) {
     load_panel<Format>(problem, head, first_query + p * PANEL, work, work.panel[p]);
   }
-  const int64_t visible = first_query + panels * PANEL;
-  const int64_t end = problem.rule.window_right == 0 ? smaller(end_key, visible) : end_key;
-  for (int64_t first = first_key; first < end; first += BLOCK) {
-    const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, head.batch, head.key_head, first,
-                                              smaller(end - first, BLOCK), work.keys, work.values);
+  const int64_t end = smaller(end_key, sequence.end_seen(first_query + panels * PANEL));
+  const int64_t begin = greater(first_key, sequence.first_seen(first_query) / BLOCK * BLOCK);
+  for (int64_t first = begin; first < end; first += BLOCK) {
+    const KeyBlock block = load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK),
+                                              work.keys, work.values);
     float* grad_keys = work.grad_keys + (first - first_key) * whole_vectors(shape.head_dim);
     float* grad_values = work.grad_values + (first - first_key) * whole_vectors(shape.value_dim);
     for (int64_t p = 0; p < panels; p++) {
-      back_propagate(problem, work.panel[p], block, work, wanted, grad_keys, grad_values);
+      back_propagate(problem, head, work.panel[p], block, work, wanted, grad_keys, grad_values);
     }
   }
   if (wanted == Wanted::key_and_value) return;
@@ -200,9 +254,10 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
   for (float& scale : scales) scale = problem.rule.scale;
   for (int64_t p = 0; p < panels; p++) {
     const Panel& panel = work.panel[p];
+    using Element = typename Format::Element;
     unpack_transposed<Format>(
         panel.grad_queries, PANEL, scales, panel.count, shape.head_dim,
-        row_of<typename Format::Element>(problem.grad_query, head.batch, head.query_head, panel.first_query),
+        row_of<Element>(problem.grad_query, sequence.batch, head.query_head, sequence.first_query + panel.first_query),
         problem.grad_query.row);
   }
 }
@@ -221,60 +276,124 @@ void write_rows(const float* gradient, int64_t rows, int64_t columns, float scal
   }
 }
 
-// Everything that queries from `first_query` on give to the keys [first_key, end_key) of one head of keys.
+// Everything that the queries [first_query, end_query) of a sequence, a multiple of tiles, give to its keys
+// [first_key, end_key) of one head of keys.
 template <class Format>
-void backward_keys(const AttentionBackward& problem, int64_t batch, int64_t key_head, int64_t first_query,
-                   int64_t first_key, int64_t end_key, Wanted wanted) {
+void backward_keys(const AttentionBackward& problem, const Sequence& sequence, int64_t key_head, int64_t first_query,
+                   int64_t end_query, int64_t first_key, int64_t end_key, Wanted wanted) {
   const AttentionShape& shape = problem.shape;
   const int64_t keys = end_key - first_key, group = shape.query_heads / shape.key_heads;
   Workspace work(shape, keys);
   clear(work.grad_keys, keys * whole_vectors(shape.head_dim));
   clear(work.grad_values, keys * whole_vectors(shape.value_dim));
   for (int64_t query_head = key_head * group; query_head < (key_head + 1) * group; query_head++) {
-    for (int64_t query = first_query; query < shape.query_length; query += PANELS * PANEL) {
-      const int64_t panels = smaller(PANELS, ceiling(shape.query_length - query, PANEL));
-      backward_tile<Format>(problem, {batch, query_head, key_head}, query, panels, first_key, end_key, wanted, work);
+    for (int64_t query = first_query; query < end_query; query += PANELS * PANEL) {
+      const int64_t panels = smaller(PANELS, ceiling(end_query - query, PANEL));
+      backward_tile<Format>(problem, {sequence, query_head, key_head}, query, panels, first_key, end_key, wanted, work);
     }
   }
   using Element = typename Format::Element;
+  const int64_t row = sequence.first_key + first_key;
   write_rows<Format>(work.grad_keys, keys, shape.head_dim, problem.rule.scale,
-                     row_of<Element>(problem.grad_key, batch, key_head, first_key), problem.grad_key.row);
-  write_rows<Format>(work.grad_values, keys, shape.value_dim, 1.0f,
-                     row_of<Element>(problem.grad_value, batch, key_head, first_key), problem.grad_value.row);
+                     row_of<Element>(problem.grad_key, sequence.batch, key_head, row), problem.grad_key.row);
+  write_rows<Format>(work.grad_values, keys, shape.value_dim, problem.rule.dropout.scale,
+                     row_of<Element>(problem.grad_value, sequence.batch, key_head, row), problem.grad_value.row);
+}
+
+// dK and dV of every head of keys of every sequence, and dQ with them.
+template <class Format>
+void backward_in_one_pass(const AttentionBackward& problem, const Threads& threads) {
+  const int64_t key_heads = problem.shape.key_heads;
+  deal(problem.sequences.count * key_heads, threads, [&](int64_t task) {
+    const Sequence sequence(problem.shape, problem.sequences, problem.rule, task / key_heads);
+    backward_keys<Format>(problem, sequence, task % key_heads, 0, sequence.queries, 0, sequence.key_rows, Wanted::all);
+  });
+}
+
+template <class Format>
+void backward_by_queries(const AttentionBackward& problem, const Threads& threads) {
+  const AttentionShape& shape = problem.shape;
+  const int64_t heads = shape.query_heads;
+  const int64_t panels = panels_in_tile(shape.batch * heads, shape.query_length, threads.count);
+  const Tiles tiles = {problem.sequences.query_starts, problem.sequences.count, shape.query_length, panels * PANEL};
+  deal(heads * tiles.count(), threads, [&](int64_t task) {
+    const Tiles::Tile tile = tiles[tiles.count() - 1 - task / heads];
+    const int64_t head = task % heads;
+    const Sequence sequence(shape, problem.sequences, problem.rule, tile.sequence);
+    if (tile.first >= sequence.queries) return;
+    const int64_t count = smaller(panels, ceiling(sequence.queries - tile.first, PANEL));
+    Workspace work(shape, 0);
+    backward_tile<Format>(problem, {sequence, head, head / (heads / shape.key_heads)}, tile.first, count, 0,
+                          sequence.keys, Wanted::query, work);
+  });
+}
+
+template <class Format>
+void backward_by_keys(const AttentionBackward& problem, const Threads& threads) {
+  const AttentionShape& shape = problem.shape;
+  const int64_t key_heads = shape.key_heads;
+  const Tiles tiles = {problem.sequences.key_starts, problem.sequences.count, shape.key_length, KEY_TILE};
+  deal(key_heads * tiles.count(), threads, [&](int64_t task) {
+    // Longest first: under a causal mask the first keys are seen by the most queries, the others by none before them.
+    const Tiles::Tile tile = tiles[task / key_heads];
+    const Sequence sequence(shape, problem.sequences, problem.rule, tile.sequence);
+    if (tile.first >= sequence.key_rows) return;
+    const int64_t end_key = smaller(tile.first + KEY_TILE, sequence.key_rows);
+    const int64_t first_query = sequence.first_seeing(tile.first) / (PANELS * PANEL) * (PANELS * PANEL);
+    backward_keys<Format>(problem, sequence, task % key_heads, first_query, sequence.end_seeing(end_key), tile.first,
+                          end_key, Wanted::key_and_value);
+  });
+}
+
+// Five products on as many threads as there are heads of keys, or seven on all of them: whichever ends sooner. Packed
+// sequences differ, and the longest may come last.
+bool one_pass_is_best(const AttentionBackward& problem, int64_t threads) {
+  const AttentionShape& shape = problem.shape;
+  const AttentionSequences& sequences = problem.sequences;
+  const int64_t heads = sequences.count * shape.key_heads;
+  int64_t most_keys = shape.key_length;
+  bool best = 5 * ceiling(heads, threads) * threads <= 7 * heads;
+  if (sequences.key_starts) {
+    int64_t pairs = 0, most_pairs = 0;
+    most_keys = 0;
+    for (int64_t n = 0; n < sequences.count; n++) {
+      const Sequence sequence(shape, sequences, problem.rule, n);
+      pairs += sequence.queries * sequence.keys;
+      most_pairs = greater(most_pairs, sequence.queries * sequence.keys);
+      most_keys = greater(most_keys, sequence.key_rows);
+    }
+    best = 5 * (threads - 1) * most_pairs <= 2 * pairs * shape.key_heads;
+  }
+  return best && most_keys * (whole_vectors(shape.head_dim) + whole_vectors(shape.value_dim)) <= LONGEST_PASS;
+}
+
+// The gradients of what belongs to no sequence.
+template <class Format>
+void clear_gradients_of_unowned(const AttentionBackward& problem) {
+  const AttentionShape& shape = problem.shape;
+  const AttentionSequences& sequences = problem.sequences;
+  clear_unowned(sequences.query_starts, sequences.count, shape.query_length, [&](int64_t first, int64_t end) {
+    for (int64_t head = 0; head < shape.query_heads; head++) {
+      clear_rows<Format>(problem.grad_query, 0, head, first, end, shape.head_dim);
+    }
+  });
+  clear_unowned(sequences.key_starts, sequences.count, shape.key_length, [&](int64_t first, int64_t end) {
+    for (int64_t head = 0; head < shape.key_heads; head++) {
+      clear_rows<Format>(problem.grad_key, 0, head, first, end, shape.head_dim);
+      clear_rows<Format>(problem.grad_value, 0, head, first, end, shape.value_dim);
+    }
+  });
 }
 
 template <class Format>
 void backward(const AttentionBackward& problem, const Threads& threads) {
-  const AttentionShape& shape = problem.shape;
-  const int64_t heads = shape.batch * shape.query_heads, key_heads = shape.batch * shape.key_heads;
-  const int64_t floats_of_keys = shape.key_length * (whole_vectors(shape.head_dim) + whole_vectors(shape.value_dim));
-  // Five products on as many threads as there are heads, or seven on all of them.
-  const bool single_pass = 5 * ceiling(key_heads, threads.count) * threads.count <= 7 * key_heads;
-  if (single_pass && floats_of_keys <= LONGEST_PASS) {
-    deal(key_heads, threads, [&](int64_t task) {
-      backward_keys<Format>(problem, task / shape.key_heads, task % shape.key_heads, 0, 0, shape.key_length,
-                            Wanted::all);
-    });
-    return;
+  if (one_pass_is_best(problem, threads.count)) {
+    backward_in_one_pass<Format>(problem, threads);
+  } else {
+    backward_by_queries<Format>(problem, threads);
+    backward_by_keys<Format>(problem, threads);
   }
-  const int64_t panels = panels_in_tile(heads, shape.query_length, threads.count);
-  const int64_t query_tiles = ceiling(shape.query_length, panels * PANEL);
-  deal(heads * query_tiles, threads, [&](int64_t task) {
-    const int64_t first_query = (query_tiles - 1 - task / heads) * panels * PANEL;
-    const int64_t batch = task % heads / shape.query_heads, head = task % heads % shape.query_heads;
-    const int64_t count = smaller(panels, ceiling(shape.query_length - first_query, PANEL));
-    Workspace work(shape, 0);
-    backward_tile<Format>(problem, {batch, head, head / (shape.query_heads / shape.key_heads)}, first_query, count, 0,
-                          shape.key_length, Wanted::query, work);
-  });
-  const int64_t key_tiles = ceiling(shape.key_length, KEY_TILE);
-  deal(key_heads * key_tiles, threads, [&](int64_t task) {
-    // Longest first: under a causal mask the first keys are seen by the most queries, the others by none before them.
-    const int64_t first_key = task / key_heads * KEY_TILE;
-    const int64_t first_query = problem.rule.window_right == 0 ? first_key / (PANELS * PANEL) * (PANELS * PANEL) : 0;
-    backward_keys<Format>(problem, task % key_heads / shape.key_heads, task % key_heads % shape.key_heads, first_query,
-                          first_key, smaller(first_key + KEY_TILE, shape.key_length), Wanted::key_and_value);
-  });
+  clear_gradients_of_unowned<Format>(problem);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Causal-softmax attention, forward, on one instruction-set level.
+// Attention, forward, on one instruction-set level.
 //
 // The queries lie in the lanes: a panel of PANEL queries is transposed once, and then, block of keys by block of keys,
 //     Sᵀ[n][m] = sum over d of K[n][d] · Qᵀ[d][m]       K is read element by element
@@ -8,10 +8,13 @@
 // are taken before they are scaled: scores of 10^5, scaled first, would be off by 0.01.
 //
 // Operations: 2 · D + 2 · Dv flops and one exp2 (15 instructions for LANES scores) for each visible (query, key) pair,
-// and for at most PANEL / 2 hidden keys a query on the diagonal.
+// and for at most PANEL / 2 hidden keys a query at each edge of what it sees. For LANES scores, beside that: dropout 17
+// instructions, softcap 25, ALiBi 6, a mask 10 (6 of them its transposition).
 // Traffic: Q and O once; K and V once for every PANELS · PANEL queries, from the nearest cache that holds them.
+#include "attention_dropout.h"
+#include "attention_score.h"
 #include "level.h"
-#include "panel.h"
+#include "product.h"
 
 namespace trilby::TRILBY_LEVEL {
 
@@ -20,6 +23,7 @@ namespace {
 struct Workspace {
   float *queries, *outputs, *maxima, *sums;  // of PANELS panels: [D][PANEL], [Dv][PANEL], [PANEL], [PANEL]
   float *keys, *values, *scores, *factors;   // [BLOCK][D], [BLOCK][Dv], [BLOCK][PANEL], [PANEL]
+  float *mask, *seen;                        // [BLOCK][PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
     Carver carver;
@@ -38,23 +42,33 @@ struct Workspace {
     values = carver.take(BLOCK * shape.value_dim);
     scores = carver.take(BLOCK * PANEL);
     factors = carver.take(PANEL);
+    mask = carver.take(BLOCK * PANEL);
+    seen = carver.take(BLOCK * PANEL);
   }
 };
 
 // The scale in two parts: the maximum is taken over scores times its sign. A scale of 0 is all sign: -inf · 0, of a
-// hidden score, must not become a NaN.
+// hidden score, must not become a NaN. Adjusted scores are multiplied by the size before the softmax, others within it.
 struct Scale {
-  float sign, size;
+  float sign, size, within;
 
   explicit Scale(const AttentionRule& rule)
       : sign(rule.scale == 0.0f ? 0.0f : __builtin_copysignf(1.0f, rule.scale)),
-        size(rule.scale == 0.0f ? 1.0f : __builtin_fabsf(rule.scale)) {}
+        size(rule.scale == 0.0f ? 1.0f : __builtin_fabsf(rule.scale)),
+        within(adjusts(rule) ? 1.0f : size) {}
+};
+
+// One head of one sequence.
+struct Head {
+  Sequence sequence;
+  int64_t query_head, key_head;
 };
 
 // One panel of queries and what its online softmax has come to.
 struct Panel {
   int64_t first_query, count;
   float *queries, *outputs, *maxima, *sums;
+  DropoutRows rows;
 };
 
 // Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by. The
@@ -83,96 +97,131 @@ void online_softmax(float* scores, int64_t keys, float scale, float* maxima, flo
   }
 }
 
-void attend(const AttentionForward& problem, const Panel& panel, const KeyBlock& block, const Workspace& work) {
+void attend(const AttentionForward& problem, const Head& head, const Panel& panel, const KeyBlock& whole,
+            const Workspace& work) {
   const AttentionShape& shape = problem.shape;
-  const Sight sight(problem.rule, panel.first_query, block);
-  if (sight.keys <= 0) return;
+  const AttentionRule& rule = problem.rule;
+  const KeyBlock block = seen_part(whole, shape, head.sequence, panel.first_query, panel.first_query + PANEL);
+  if (block.count <= 0) return;
+  Sight sight(head.sequence, panel.first_query, block);
+  sight.mask = load_mask(rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first, block.count,
+                         work.mask);
+  if (sight.mask.hides_all) return;
+  const Scale scale(rule);
   const Operand keys = {block.keys, shape.head_dim, 1};
-  product<PANEL_VECTORS, Start::zero>(sight.keys, keys, panel.queries, PANEL, work.scores, PANEL, nullptr,
+  product<PANEL_VECTORS, Start::zero>(block.count, keys, panel.queries, PANEL, work.scores, PANEL, nullptr,
                                       shape.head_dim);
-  if (sight.diagonal) hide(work.scores, sight, -INFINITE);
-  online_softmax(work.scores, sight.keys, Scale(problem.rule).size * LOG2_E, panel.maxima, panel.sums, work.factors);
+  if (adjusts(rule)) {
+    adjust(rule, scale.size, head.sequence, head.query_head, sight, block.count, work.scores, nullptr);
+  }
+  if (sight.hides(block)) hide(work.scores, block.count, sight, -INFINITE);
+  online_softmax(work.scores, block.count, scale.within * LOG2_E, panel.maxima, panel.sums, work.factors);
+  if (rule.dropout.threshold) drop(rule.dropout, panel.rows, block.first, block.count, work.scores);
   const Operand values = {block.values, 1, shape.value_dim};
-  if (!zero_hides(sight, block.values, shape.value_dim)) {
+  if (!zero_hides(sight, block.values, block.count, shape.value_dim)) {
     product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
-                                                 work.factors, sight.keys, sight.shift);
+                                                 work.factors, block.count, seen_pairs(sight, block.count, work.seen));
   } else {
     product<PANEL_VECTORS, Start::rescale>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
-                                           work.factors, sight.keys);
+                                           work.factors, block.count);
   }
 }
 
 template <class Format>
-Panel start(const AttentionForward& problem, const Workspace& work, int64_t batch, int64_t head, int64_t first_query,
-            int64_t p) {
+void start(const AttentionForward& problem, const Head& head, const Workspace& work, int64_t first_query, int64_t p,
+           Panel& panel) {
   const AttentionShape& shape = problem.shape;
-  const Panel panel = {first_query + p * PANEL,
-                       smaller(shape.query_length - (first_query + p * PANEL), PANEL),
-                       work.queries + p * shape.head_dim * PANEL,
-                       work.outputs + p * shape.value_dim * PANEL,
-                       work.maxima + p * PANEL,
-                       work.sums + p * PANEL};
-  pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head, panel.first_query),
-                          problem.query, panel.count, shape.head_dim, Scale(problem.rule).sign, panel.queries, PANEL);
+  const int64_t batch = head.sequence.batch, row = head.sequence.first_query + first_query;
+  panel.first_query = first_query;
+  panel.count = smaller(head.sequence.queries - first_query, PANEL);
+  panel.queries = work.queries + p * shape.head_dim * PANEL;
+  panel.outputs = work.outputs + p * shape.value_dim * PANEL;
+  panel.maxima = work.maxima + p * PANEL;
+  panel.sums = work.sums + p * PANEL;
+  pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head.query_head, row), problem.query,
+                          panel.count, shape.head_dim, Scale(problem.rule).sign, panel.queries, PANEL);
   for (int64_t i = 0; i < shape.value_dim * PANEL; i += LANES) store(panel.outputs + i, Vector{});
   for (int c = 0; c < PANEL_VECTORS; c++) {
     store(panel.maxima + c * LANES, broadcast(-INFINITE));
     store(panel.sums + c * LANES, Vector{});
   }
-  return panel;
+  if (problem.rule.dropout.threshold) {
+    panel.rows.start(problem.rule.dropout, batch * shape.query_heads + head.query_head, row);
+  }
 }
 
 // Divides by the sums and writes the panel's rows of output and logsumexp. A query that saw no key gives 0 and -inf.
 template <class Format>
-void finish(const AttentionForward& problem, const Panel& panel, int64_t batch, int64_t head) {
+void finish(const AttentionForward& problem, const Head& head, const Panel& panel) {
   const AttentionShape& shape = problem.shape;
-  float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head) * shape.query_length + panel.first_query;
-  const float size = Scale(problem.rule).size;
-  float inverse[PANEL];
-  for (int64_t m = 0; m < PANEL; m++) inverse[m] = panel.sums[m] == 0.0f ? 0.0f : 1.0f / panel.sums[m];
-  for (int64_t m = 0; m < panel.count; m++) {
-    logsumexp[m] = panel.maxima[m] * size + __builtin_logf(panel.sums[m]);
+  const int64_t batch = head.sequence.batch, row = head.sequence.first_query + panel.first_query;
+  float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head.query_head) * shape.query_length + row;
+  const float within = Scale(problem.rule).within;
+  float factors[PANEL];
+  for (int64_t m = 0; m < PANEL; m++) {
+    factors[m] = panel.sums[m] == 0.0f ? 0.0f : problem.rule.dropout.scale / panel.sums[m];
   }
-  unpack_transposed<Format>(panel.outputs, PANEL, inverse, panel.count, shape.value_dim,
-                            row_of<typename Format::Element>(problem.output, batch, head, panel.first_query),
+  for (int64_t m = 0; m < panel.count; m++) {
+    logsumexp[m] = panel.maxima[m] * within + __builtin_logf(panel.sums[m]);
+  }
+  unpack_transposed<Format>(panel.outputs, PANEL, factors, panel.count, shape.value_dim,
+                            row_of<typename Format::Element>(problem.output, batch, head.query_head, row),
                             problem.output.row);
 }
 
 template <class Format>
-void forward_tile(const AttentionForward& problem, int64_t batch, int64_t head, int64_t first_query, int64_t panels) {
-  const AttentionShape& shape = problem.shape;
-  const Workspace work(shape);
-  const int64_t key_head = head / (shape.query_heads / shape.key_heads);
+void forward_tile(const AttentionForward& problem, const Head& head, int64_t first_query, int64_t most_panels) {
+  const Workspace work(problem.shape);
+  const Sequence& sequence = head.sequence;
+  const int64_t panels = smaller(most_panels, ceiling(sequence.queries - first_query, PANEL));
   Panel panel[PANELS];
-  for (int64_t p = 0; p < panels; p++) panel[p] = start<Format>(problem, work, batch, head, first_query, p);
-  const int64_t visible = first_query + panels * PANEL;
-  const int64_t end = problem.rule.window_right == 0 ? smaller(shape.key_length, visible) : shape.key_length;
-  for (int64_t first = 0; first < end; first += BLOCK) {
-    const KeyBlock block = load_block<Format>(shape, problem.key, problem.value, batch, key_head, first,
-                                              smaller(end - first, BLOCK), work.keys, work.values);
-    for (int64_t p = 0; p < panels; p++) attend(problem, panel[p], block, work);
+  for (int64_t p = 0; p < panels; p++) start<Format>(problem, head, work, first_query + p * PANEL, p, panel[p]);
+  const int64_t end = sequence.end_seen(first_query + panels * PANEL);
+  for (int64_t first = sequence.first_seen(first_query) / BLOCK * BLOCK; first < end; first += BLOCK) {
+    const KeyBlock block = load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK),
+                                              work.keys, work.values);
+    for (int64_t p = 0; p < panels; p++) attend(problem, head, panel[p], block, work);
   }
-  for (int64_t p = 0; p < panels; p++) finish<Format>(problem, panel[p], batch, head);
+  for (int64_t p = 0; p < panels; p++) finish<Format>(problem, head, panel[p]);
+}
+
+// Queries that belong to no sequence see nothing.
+template <class Format>
+void forward_unowned(const AttentionForward& problem, int64_t first, int64_t end) {
+  const AttentionShape& shape = problem.shape;
+  for (int64_t head = 0; head < shape.query_heads; head++) {
+    for (int64_t row = first; row < end; row++) problem.logsumexp[head * shape.query_length + row] = -INFINITE;
+    clear_rows<Format>(problem.output, 0, head, first, end, shape.value_dim);
+  }
+}
+
+template <class Format>
+void forward(const AttentionForward& problem, const Threads& threads) {
+  const AttentionShape& shape = problem.shape;
+  const AttentionSequences& sequences = problem.sequences;
+  const int64_t heads = shape.query_heads;
+  const int64_t panels = panels_in_tile(shape.batch * heads, shape.query_length, threads.count);
+  const Tiles tiles = {sequences.query_starts, sequences.count, shape.query_length, panels * PANEL};
+  deal(heads * tiles.count(), threads, [&](int64_t task) {
+    // Longest first: under a causal mask the last tile sees the most keys.
+    const Tiles::Tile tile = tiles[tiles.count() - 1 - task / heads];
+    const int64_t head = task % heads;
+    const Sequence sequence(shape, sequences, problem.rule, tile.sequence);
+    if (tile.first >= sequence.queries) return;
+    forward_tile<Format>(problem, {sequence, head, head / (heads / shape.key_heads)}, tile.first, panels);
+  });
+  clear_unowned(sequences.query_starts, sequences.count, shape.query_length,
+                [&](int64_t first, int64_t end) { forward_unowned<Format>(problem, first, end); });
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForward& problem, const Threads& threads) {
-  const AttentionShape& shape = problem.shape;
-  const int64_t heads = shape.batch * shape.query_heads;
-  const int64_t panels = panels_in_tile(heads, shape.query_length, threads.count);
-  const int64_t tiles = ceiling(shape.query_length, panels * PANEL);
-  deal(heads * tiles, threads, [&](int64_t task) {
-    // Longest first: under a causal mask the last tile sees the most keys.
-    const int64_t first_query = (tiles - 1 - task / heads) * panels * PANEL;
-    const int64_t batch = task % heads / shape.query_heads, head = task % heads % shape.query_heads;
-    const int64_t count = smaller(panels, ceiling(shape.query_length - first_query, PANEL));
-    switch (shape.dtype) {
-      case Dtype::float32: return forward_tile<Float32>(problem, batch, head, first_query, count);
-      case Dtype::bfloat16: return forward_tile<BFloat16>(problem, batch, head, first_query, count);
-      case Dtype::float16: return forward_tile<Float16>(problem, batch, head, first_query, count);
-    }
-  });
+  switch (problem.shape.dtype) {
+    case Dtype::float32: return forward<Float32>(problem, threads);
+    case Dtype::bfloat16: return forward<BFloat16>(problem, threads);
+    case Dtype::float16: return forward<Float16>(problem, threads);
+  }
 }
 
 }  // namespace trilby::TRILBY_LEVEL

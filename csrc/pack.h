@@ -25,6 +25,12 @@ static inline void unpack_row(const typename Format::Element* from, int64_t stri
   }
 }
 
+template <class Format>
+static inline void copy_rows(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns,
+                             float* to) {
+  for (int64_t r = 0; r < rows; r++) unpack_row<Format>(from + r * view.row, view.column, columns, to + r * columns);
+}
+
 // `rows` rows as floats, side by side. Contiguous float rows are used where they are; all others are copied to `to`,
 // also float rows at a stride: rows at a large power of two fall into few sets of the cache and evict one another.
 template <class Format>
@@ -33,7 +39,7 @@ static inline const float* packed_rows(const typename Format::Element* from, con
   if constexpr (sizeof(typename Format::Element) == sizeof(float)) {
     if (view.row == columns && view.column == 1) return reinterpret_cast<const float*>(from);
   }
-  for (int64_t r = 0; r < rows; r++) unpack_row<Format>(from + r * view.row, view.column, columns, to + r * columns);
+  copy_rows<Format>(from, view, rows, columns, to);
   return to;
 }
 
@@ -84,6 +90,16 @@ static inline void unpack_transposed(const float* from, int64_t width, const flo
         }
       }
     }
+  }
+}
+
+// Zeros in the rows [first, end), whose elements lie side by side.
+template <class Format>
+static inline void clear_rows(const View& view, int64_t batch, int64_t head, int64_t first, int64_t end,
+                              int64_t columns) {
+  using Element = typename Format::Element;
+  for (int64_t row = first; row < end; row++) {
+    __builtin_memset(row_of<Element>(view, batch, head, row), 0, static_cast<size_t>(columns) * sizeof(Element));
   }
 }
 

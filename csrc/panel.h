@@ -1,9 +1,8 @@
-// What attention's forward and backward share: panels of queries in the lanes, blocks of keys, and the causal mask.
+// What attention's forward and backward share: panels of queries in the lanes, and blocks of keys.
 #pragma once
 
+#include "attention_sequence.h"
 #include "pack.h"
-#include "product.h"
-#include "queue.h"
 
 namespace trilby::TRILBY_LEVEL {
 
@@ -46,59 +45,50 @@ class Carver {
   int64_t taken_ = 0;
 };
 
-// A block of keys and values as packed rows [count][D], [count][Dv].
+// Keys and values as packed rows [count][D], [count][Dv].
 struct KeyBlock {
   const float *keys, *values;
   int64_t first, count;
 };
 
-template <class Format>
-static inline KeyBlock load_block(const AttentionShape& shape, const View& key, const View& value, int64_t batch,
-                                  int64_t head, int64_t first, int64_t count, float* keys, float* values) {
-  using Element = typename Format::Element;
-  const Element* key_rows = row_of<Element>(key, batch, head, first);
-  const Element* value_rows = row_of<Element>(value, batch, head, first);
-  return {packed_rows<Format>(key_rows, key, count, shape.head_dim, keys),
-          packed_rows<Format>(value_rows, value, count, shape.value_dim, values), first, count};
-}
+// Rows of key (and of value) that hold the keys from `first` on, one after the other, `most` of them at most.
+struct KeyRows {
+  int64_t batch, row, count;
 
-// How many keys of a block a panel sees, and whether some of its queries see fewer: with shift = first query - first
-// key, query m of the panel sees key n of the block where n <= m + shift.
-//
-//     shift = 1, PANEL = 4:   m \ n  0 1 2 3 4 5 6 7
-//                               0    1 1
-//                               1    1 1 1
-//                               2    1 1 1 1
-//                               3    1 1 1 1 1          keys = 5, diagonal
-struct Sight {
-  int64_t keys, shift;
-  bool diagonal;
-
-  Sight(const AttentionRule& rule, int64_t first_query, const KeyBlock& block)
-      : keys(block.count), shift(first_query - block.first), diagonal(false) {
-    if (rule.window_right != 0) return;
-    keys = smaller(keys, shift + PANEL);
-    diagonal = keys - 1 > shift;
+  KeyRows(const AttentionSequences& sequences, const Sequence& sequence, int64_t first, int64_t most)
+      : batch(sequence.batch), row(sequence.first_key + first), count(most) {
+    if (!sequences.block_table) return;
+    batch = sequences.block_table[sequence.number * sequences.pages + first / sequences.page_size];
+    row = first % sequences.page_size;
+    count = smaller(count, sequences.page_size - row);
   }
 };
 
-// Whether `rows` [keys][columns] of a block may be multiplied by the zeros of hidden pairs: 0 · NaN is NaN, and what a
-// mask hides must not be felt. Only keys that are hidden from some query are looked at.
-static inline bool zero_hides(const Sight& sight, const float* rows, int64_t columns) {
-  if (!sight.diagonal) return true;
-  const int64_t seen_by_all = sight.shift < 0 ? 0 : sight.shift + 1;
-  return all_finite(rows + seen_by_all * columns, (sight.keys - seen_by_all) * columns);
+// `count` rows of key or value, packed: where they are, or in `to`.
+template <class Format>
+static inline const float* load_rows(const AttentionSequences& sequences, const Sequence& sequence, const View& view,
+                                     int64_t head, int64_t first, int64_t count, int64_t columns, float* to) {
+  using Element = typename Format::Element;
+  const KeyRows all(sequences, sequence, first, count);
+  if (all.count == count) {
+    return packed_rows<Format>(row_of<const Element>(view, all.batch, head, all.row), view, count, columns, to);
+  }
+  for (int64_t done = 0; done < count;) {
+    const KeyRows rows(sequences, sequence, first + done, count - done);
+    copy_rows<Format>(row_of<const Element>(view, rows.batch, head, rows.row), view, rows.count, columns,
+                      to + done * columns);
+    done += rows.count;
+  }
+  return to;
 }
 
-// Replaces the values [keys][PANEL] of hidden pairs.
-static inline void hide(float* values, const Sight& sight, float replacement) {
-  for (int64_t n = sight.shift > 0 ? sight.shift : 0; n < sight.keys; n++) {
-    for (int c = 0; c < PANEL_VECTORS; c++) {
-      float* row = values + n * PANEL + c * LANES;
-      const Vector query = lane_numbers() + static_cast<float>(c * LANES);
-      store(row, query >= static_cast<float>(n - sight.shift) ? load(row) : broadcast(replacement));
-    }
-  }
+template <class Format, class Problem>
+static inline KeyBlock load_block(const Problem& problem, const Sequence& sequence, int64_t head, int64_t first,
+                                  int64_t count, float* keys, float* values) {
+  const AttentionShape& shape = problem.shape;
+  return {load_rows<Format>(problem.sequences, sequence, problem.key, head, first, count, shape.head_dim, keys),
+          load_rows<Format>(problem.sequences, sequence, problem.value, head, first, count, shape.value_dim, values),
+          first, count};
 }
 
 }  // namespace trilby::TRILBY_LEVEL

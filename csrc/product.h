@@ -26,10 +26,11 @@ enum class Start {
   rescale,  // out = out · factor + a · b, with one factor for each column
 };
 
-// MASKED: column c takes part in step k only where c >= k - shift, and is not touched elsewhere, not even by 0 · NaN.
+// MASKED: column c takes part in step k only where seen[k][c], laid out as b, is not 0, and is not touched elsewhere,
+// not even by 0 · NaN.
 template <int R, int C, Start START, bool MASKED>
 static inline void product_tile(Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
-                                const float* factor, int64_t steps, int64_t shift) {
+                                const float* factor, int64_t steps, const float* seen) {
   Vector sum[R][C] = {};
   for (int64_t k = 0; k < steps; k++) {
     Vector columns[C];
@@ -39,8 +40,7 @@ static inline void product_tile(Operand a, const float* b, int64_t b_step, float
       for (int c = 0; c < C; c++) {
         const Vector added = sum[r][c] + element * columns[c];
         if constexpr (MASKED) {
-          const Vector column = lane_numbers() + static_cast<float>(c * LANES);
-          sum[r][c] = column >= static_cast<float>(k - shift) ? added : sum[r][c];
+          sum[r][c] = load(seen + k * b_step + c * LANES) != 0.0f ? added : sum[r][c];
         } else {
           sum[r][c] = added;
         }
@@ -60,15 +60,15 @@ static inline void product_tile(Operand a, const float* b, int64_t b_step, float
 // C vectors of columns, any number of rows: tiles of ROWS, then of the powers of two below it.
 template <int C, Start START, bool MASKED = false, int R = ROWS>
 static inline void product(int64_t rows, Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
-                           const float* factor, int64_t steps, int64_t shift = 0) {
+                           const float* factor, int64_t steps, const float* seen = nullptr) {
   for (; rows >= R; rows -= R) {
-    product_tile<R, C, START, MASKED>(a, b, b_step, out, out_row, factor, steps, shift);
+    product_tile<R, C, START, MASKED>(a, b, b_step, out, out_row, factor, steps, seen);
     a.data += R * a.row;
     out += R * out_row;
   }
   if constexpr (R > 1) {
     constexpr int SMALLER = R > 4 ? 4 : R / 2;
-    if (rows > 0) product<C, START, MASKED, SMALLER>(rows, a, b, b_step, out, out_row, factor, steps, shift);
+    if (rows > 0) product<C, START, MASKED, SMALLER>(rows, a, b, b_step, out, out_row, factor, steps, seen);
   }
 }
 

@@ -1,0 +1,128 @@
+// Which pairs of a panel of queries and a block of keys see each other: by the bounds of their sequence and the window
+// around each query, and by a mask.
+#pragma once
+
+#include "panel.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+// A mask's bytes as what is added to a score.
+struct Boolean {
+  using Element = uint8_t;
+  static Vector load_vector(const uint8_t* from) {
+    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Bits) != 0u ? Vector{} : broadcast(-INFINITE);
+  }
+};
+
+// What a mask says of a panel and a block: numbers to add, [keys][PANEL].
+struct MaskBlock {
+  const float* added = nullptr;  // null: there is no mask
+  bool hides_some = false, hides_all = false;
+};
+
+template <class Format>
+static inline void pack_mask(const View& mask, int64_t batch, int64_t head, int64_t first_query, int64_t queries,
+                             int64_t first_key, int64_t keys, float* to) {
+  using Element = typename Format::Element;
+  const Element* from = row_of<const Element>(mask, batch, head, first_query) + first_key * mask.column;
+  pack_transposed<Format>(from, mask, queries, keys, 1.0f, to, PANEL);
+}
+
+// The smallest number tells whether any pair is hidden, the bits that differ from those of -inf whether any is seen.
+static inline MaskBlock load_mask(const AttentionRule& rule, const Sequence& sequence, int64_t head,
+                                  int64_t first_query, int64_t queries, int64_t first_key, int64_t keys, float* to) {
+  const View& mask = rule.mask;
+  const int64_t batch = sequence.number;
+  switch (rule.mask_kind) {
+    case Mask::none: return {};
+    case Mask::boolean: pack_mask<Boolean>(mask, batch, head, first_query, queries, first_key, keys, to); break;
+    case Mask::float32: pack_mask<Float32>(mask, batch, head, first_query, queries, first_key, keys, to); break;
+    case Mask::bfloat16: pack_mask<BFloat16>(mask, batch, head, first_query, queries, first_key, keys, to); break;
+    case Mask::float16: pack_mask<Float16>(mask, batch, head, first_query, queries, first_key, keys, to); break;
+  }
+  Vector smallest = {};
+  Bits differing = {};
+  for (int64_t i = 0; i < keys * PANEL; i += LANES) {
+    const Vector numbers = load(to + i);
+    smallest = numbers < smallest ? numbers : smallest;
+    differing |= (Bits)numbers ^ (Bits)broadcast(-INFINITE);
+  }
+  MaskBlock block = {to, false, true};
+  for (int i = 0; i < LANES; i++) {
+    block.hides_some |= smallest[i] == -INFINITE;
+    block.hides_all &= differing[i] == 0;
+  }
+  return block;
+}
+
+// Query m of the panel sees key n of the block where m + shift - before <= n <= m + shift + after, with shift = number
+// of the first query - number of the first key, and where no mask hides it.
+//
+//     shift = 1, before = 2, after = 0, PANEL = 4:    m \ n  0 1 2 3 4
+//                                                       0    1 1
+//                                                       1    1 1 1
+//                                                       2      1 1 1       keys [0, 2) are hidden from the last query,
+//                                                       3        1 1 1     keys [2, 5) from the first
+struct Sight {
+  int64_t shift, before, after;
+  int64_t past, future;  // keys [0, past) are hidden from the last query, [future, count) from the first
+  MaskBlock mask;
+
+  Sight(const Sequence& sequence, int64_t first_query, const KeyBlock& block)
+      : shift(first_query - block.first),
+        before(sequence.before),
+        after(sequence.after),
+        past(greater(0, smaller(block.count, shift + PANEL - 1 - before))),
+        future(greater(0, smaller(block.count, shift + after + 1))) {}
+
+  bool hides(const KeyBlock& block) const { return past > 0 || future < block.count || mask.hides_some; }
+};
+
+// The part of a block that the queries [first, end) see any of. It begins at a multiple of eight keys, as random
+// numbers do.
+static inline KeyBlock seen_part(const KeyBlock& block, const AttentionShape& shape, const Sequence& sequence,
+                                 int64_t first, int64_t end) {
+  const int64_t begin = greater(0, sequence.first_seen(first) - block.first) / 8 * 8;
+  const int64_t count = smaller(block.count, sequence.end_seen(end) - block.first) - begin;
+  return {block.keys + begin * shape.head_dim, block.values + begin * shape.value_dim, block.first + begin, count};
+}
+
+// Replaces the values [count][PANEL] of hidden pairs.
+static inline void hide(float* values, int64_t count, const Sight& sight, float replacement) {
+  for (int c = 0; c < PANEL_VECTORS; c++) {
+    const Vector query = lane_numbers() + static_cast<float>(c * LANES);
+    float* column = values + c * LANES;
+    for (int64_t n = 0; n < sight.past; n++) {
+      const float last = static_cast<float>(n - sight.shift + sight.before);
+      store(column + n * PANEL, query <= last ? load(column + n * PANEL) : broadcast(replacement));
+    }
+    for (int64_t n = sight.future; n < count; n++) {
+      const float first = static_cast<float>(n - sight.shift - sight.after);
+      store(column + n * PANEL, query >= first ? load(column + n * PANEL) : broadcast(replacement));
+    }
+    for (int64_t n = 0; sight.mask.hides_some && n < count; n++) {
+      const Vector added = load(sight.mask.added + n * PANEL + c * LANES);
+      store(column + n * PANEL, added == -INFINITE ? broadcast(replacement) : load(column + n * PANEL));
+    }
+  }
+}
+
+// Whether `rows` [count][columns] of a block may be multiplied by the zeros of hidden pairs: 0 · NaN is NaN, and what
+// is hidden must not be felt. Only keys that are hidden from some query are looked at.
+static inline bool zero_hides(const Sight& sight, const float* rows, int64_t count, int64_t columns) {
+  if (sight.mask.hides_some) return all_finite(rows, count * columns);
+  return all_finite(rows, sight.past * columns) &&
+         all_finite(rows + sight.future * columns, (count - sight.future) * columns);
+}
+
+// 1 where a pair is seen, else 0, [count][PANEL].
+static inline const float* seen_pairs(const Sight& sight, int64_t count, float* to) {
+  for (int64_t i = 0; i < count * PANEL; i += LANES) store(to + i, broadcast(1.0f));
+  hide(to, count, sight, 0.0f);
+  return to;
+}
+
+}  // namespace trilby::TRILBY_LEVEL
