@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
 from . import reference
-from .attention_arguments import Arguments, checked_softcap
+from .attention_arguments import Arguments, checked_softcap, contiguous
 from .ops import reasons_against_device
 from .options import TENSORS, UNBOUNDED, AttentionOptions
 from .seed import draw_seed
@@ -213,8 +213,8 @@ def attend(
         mask=arguments.expanded_mask(attn_mask),
         alibi_slopes=arguments.expanded_slopes(alibi_slopes),
         seed=draw_seed(dropout_p, query.device),
-        key_lengths=key_lengths,
-        block_table=block_table,
+        key_lengths=contiguous(key_lengths),
+        block_table=contiguous(block_table),
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         lower_right=bool(lower_right),
         window_left=window_size[0],
@@ -243,6 +243,3 @@ def reasons_for_reference(query: Tensor, key: Tensor, value: Tensor, options: At
         yield f"query's dtype is {query.dtype}, not float32, bfloat16 or float16"
     if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD_DIM:
         yield f"the head dimension is {max(query.shape[-1], value.shape[-1])}, above {LARGEST_HEAD_DIM}"
-    plain = AttentionOptions.plain(options.window_right == 0, options.scale)
-    if query.is_cpu and options != plain:
-        yield "the C++ kernels know nothing but the causal mask yet"

@@ -120,6 +120,11 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], device: to
         raise ValueError(f"{name} is on {tensor.device}, and query on {device}")
 
 
+def contiguous(integers: Tensor | None) -> Tensor | None:
+    """`integers`, a few for each sequence, side by side as the kernels read them."""
+    return None if integers is None else integers.contiguous()
+
+
 def checked_softcap(softcap: float) -> float:
     """`softcap`.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .attention import compute
-from .attention_arguments import Arguments, check_integers, checked_softcap
+from .attention_arguments import Arguments, check_integers, checked_softcap, contiguous
 from .options import UNBOUNDED, AttentionOptions
 from .seed import draw_seed
 
@@ -96,10 +96,10 @@ def varlen_attn(
     options = AttentionOptions(
         alibi_slopes=arguments.expanded_slopes(alibi_slopes),
         seed=draw_seed(dropout_p, query.device),
-        query_starts=cu_seq_q.contiguous(),
-        key_starts=cu_seq_k if cu_seq_k is None else cu_seq_k.contiguous(),
-        key_lengths=seqused_k,
-        block_table=block_table,
+        query_starts=contiguous(cu_seq_q),
+        key_starts=contiguous(cu_seq_k),
+        key_lengths=contiguous(seqused_k),
+        block_table=contiguous(block_table),
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
         lower_right=True,
         window_left=window_size[0],
