@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +72,18 @@ NEAREST = {
 # one makes every program loop.
 INTERPRETER = Device(TARGETS["sm_90"], processors=1)
 
+_pretended: ContextVar[Device | None] = ContextVar("_pretended", default=None)
+
+
+@contextmanager
+def pretend(device: Device) -> Iterator[None]:
+    """Tensors on the meta device count as on `device`, which need not be here, to see what would be launched there."""
+    token = _pretended.set(device)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
 
 def target_of(architecture: str) -> Target:
     """The target whose launch parameters serve `architecture` ("sm_90", "gfx942").
@@ -95,6 +110,8 @@ def device_of(tensor: torch.Tensor, argument: str) -> Device:
         return _cuda_device(torch.cuda.current_device() if index is None else index)
     if tensor.device.type == "cpu" and _is_interpreted():
         return INTERPRETER
+    if tensor.device.type == "meta" and (pretended := _pretended.get()) is not None:
+        return pretended
     raise ValueError(
         f"{argument} is on {tensor.device}; the Triton kernels run on CUDA and ROCm devices "
         "(and on the CPU if TRITON_INTERPRET=1 was set before Triton was imported)"

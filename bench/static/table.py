@@ -1,0 +1,173 @@
+"""The static report as tables for people, and as JSON for programs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .compiling import PROCESSORS
+from .findings import Finding, KernelFinding, LoopFinding
+from .subjects import OURS, ROWS
+
+HOW_TO_READ = (
+    "per score: instructions of a thread for each score of query and key, in the loop that masks nothing, by pipe; "
+    "beside: all but the tensor cores'.",
+    "bound: the pipe that is busiest if everything overlaps, and the share of the tensor cores' peak that it leaves; "
+    "in turns: the share if nothing overlaps. Bounds of a model (bench/static/bound.py), not measurements.",
+    f"moved: bytes that a norm of {ROWS[0]} rows asks for on {PROCESSORS} multiprocessors, of which so much for each "
+    f"row; kernels: how many were compiled for {len(ROWS)} numbers of rows.",
+)
+
+
+def attention_table(findings: Sequence[Finding]) -> Table:
+    """A line for each kernel, and for each loop of one that has several unlike ones."""
+    table = _table(
+        "registers", "KiB", "warps", "fma", "alu", "special", "memory", "other", "beside", "bound", "in turns"
+    )
+    for finding, following in zip(findings, [*findings[1:], None]):
+        ends = following is None or (following.target, following.subject.operation) != _group(finding)
+        if finding.failure:
+            table.add_row(*_names(finding), finding.failure[:40], style="dim", end_section=ends)
+        for kernel in finding.kernels:
+            for loop in kernel.unmasked:
+                is_last = ends and kernel is finding.kernels[-1] and loop is kernel.unmasked[-1]
+                row = (*_names(finding, kernel), *_size(kernel), *_loop(loop))
+                table.add_row(*row, style="" if finding.subject.project == OURS else "dim", end_section=is_last)
+    return table
+
+
+def norm_table(findings: Sequence[Finding]) -> Table:
+    """A line for each norm."""
+    table = _table("registers", "KiB", "warps", "moved, MB", "each row, B", "each program, B", "programs", "kernels")
+    for finding, following in zip(findings, [*findings[1:], None]):
+        ends = following is None or (following.target, following.subject.operation) != _group(finding)
+        if finding.failure:
+            table.add_row(*_names(finding), finding.failure[:40], style="dim", end_section=ends)
+        for kernel in finding.kernels:
+            moved, traffic = finding.bytes_moved(), kernel.traffic
+            cells = (
+                f"{(moved or 0) / 1e6:.1f}",
+                f"{traffic.per_row}" if traffic else "",
+                f"{traffic.once}" if traffic else "",
+                f"{finding.programs(kernel)}",
+                f"{finding.variants}",
+            )
+            style = "" if finding.subject.project == OURS else "dim"
+            table.add_row(*_names(finding, kernel), *_size(kernel), *cells, style=style, end_section=ends)
+    return table
+
+
+def verdicts(findings: Sequence[Finding]) -> list[str]:
+    """Where ours is better than all others of its operation and target, and where not."""
+    lines = []
+    for group in dict.fromkeys(map(_group, findings)):
+        alike = [finding for finding in findings if _group(finding) == group]
+        ours = next((finding for finding in alike if finding.subject.project == OURS), None)
+        others = [finding for finding in alike if finding.subject.project != OURS]
+        for what, measure in (
+            ("instructions a score beside the tensor cores'", lambda one: one.beside_tensor),
+            ("bytes moved", lambda one: one.bytes_moved()),
+        ):
+            theirs = {one.subject.project: measure(one) for one in others if measure(one) is not None}
+            mine = measure(ours) if ours is not None else None
+            if mine is not None and theirs:
+                best = min(theirs, key=lambda name: theirs[name])
+                word = "fewer" if mine < theirs[best] else "as many" if mine == theirs[best] else "MORE"
+                lines.append(f"{group[0]} {group[1]}: {word} {what}: {_number(mine)}, {best} {_number(theirs[best])}")
+    return lines
+
+
+def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Everything but the machine code."""
+    return [
+        {
+            "target": finding.target,
+            "project": finding.subject.project,
+            "operation": finding.subject.operation,
+            "failure": finding.failure,
+            "candidates": finding.candidates,
+            "variants": finding.variants,
+            "beside_tensor": finding.beside_tensor,
+            "bytes_moved": finding.bytes_moved(),
+            "kernels": [_kernel_to_json(kernel) for kernel in finding.kernels],
+        }
+        for finding in findings
+    ]
+
+
+def write_json(findings: Sequence[Finding], path: Path) -> None:
+    """Write `to_json` to `path`; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_json(findings), indent=1, default=str) + "\n")
+
+
+def _kernel_to_json(kernel: KernelFinding) -> dict[str, Any]:
+    launch = kernel.launch
+    numbers = {name: value for name, value in vars(launch.compilation).items() if name != "assembly"}
+    return {
+        "kernel": launch.kernel,
+        "warps": launch.warps,
+        "constants": launch.constants,
+        "resident_warps": kernel.resident_warps,
+        "most_warps": kernel.most_warps,
+        "traffic": asdict(kernel.traffic) if kernel.traffic else None,
+        "loops": [_loop_to_json(loop) for loop in kernel.loops],
+        **numbers,
+    }
+
+
+def _loop_to_json(loop: LoopFinding) -> dict[str, Any]:
+    found = {"scores": loop.scores, "instructions": loop.instructions, "beside_tensor": loop.beside_tensor}
+    if loop.bound is not None:
+        found |= {
+            "cycles": loop.bound.cycles,
+            "bound_by": loop.bound.pipe,
+            "tensor_use": loop.bound.tensor_use,
+            "tensor_use_in_turns": loop.bound.tensor_use_in_turns,
+        }
+    return found
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("operation")
+    table.add_column("kernel")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _group(finding: Finding) -> tuple[str, str]:
+    return finding.target, finding.subject.operation
+
+
+def _names(finding: Finding, kernel: KernelFinding | None = None) -> tuple[str, str]:
+    tile = ""
+    if kernel is not None:
+        sizes = [str(value) for name, value in kernel.launch.constants.items() if name.startswith("BLOCK_")]
+        sizes = sizes[: 4 if "BLOCK_M1" in kernel.launch.constants else 2]
+        tile = f" {'x'.join(sizes)} {kernel.launch.warps} warps" if sizes else f" {kernel.launch.warps} warps"
+    return f"{finding.target} {finding.subject.operation}", finding.subject.project + tile
+
+
+def _size(kernel: KernelFinding) -> tuple[str, str, str]:
+    made = kernel.launch.compilation
+    spills = f" SPILLS {made.spills}" if made.spills else ""
+    warps = f"{kernel.resident_warps}/{kernel.most_warps}"
+    return f"{made.registers}{spills}", f"{made.shared_bytes / 1024:.0f}", warps
+
+
+def _loop(loop: LoopFinding) -> tuple[str, ...]:
+    mix = tuple(f"{loop.per_score[pipe]:.1f}" for pipe in ("fma", "alu", "special", "memory", "other"))
+    if loop.bound is None:
+        return (*mix, f"{loop.beside_tensor:.1f}", "", "")
+    at_best = f"{loop.bound.pipe} {loop.bound.tensor_use:.0%}"
+    return (*mix, f"{loop.beside_tensor:.1f}", at_best, f"{loop.bound.tensor_use_in_turns:.0%}")
+
+
+def _number(value: float) -> str:
+    return f"{value / 1e6:.1f} MB" if value > 1e4 else f"{value:.1f}"
