@@ -58,12 +58,12 @@ def main(arguments: Sequence[str]) -> int:
     ):
         if options.only in (None, group):
             names = options.targets or TARGETS_BY_DEFAULT
+            findings = []
             with console.status("") as status:
-                findings = []
                 for name in names:
-                    for subject in subjects:
-                        status.update(f"{name} {subject.project} {subject.operation}")
-                        findings.append(examine(subject, TARGETS[name]))
+                    for finding in examine(subjects, TARGETS[name]):
+                        status.update(f"{name} {finding.subject.project} {finding.subject.operation}")
+                        findings.append(finding)
             findings.sort(key=lambda one: (names.index(one.target), _place(one, subjects)))
             console.print(table(findings))
             found += findings

@@ -7,8 +7,9 @@ them, with their own block sizes, and every candidate of their autotuners.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import torch
 from trilby.kernels.gpu.compile import Compilation, read
 from trilby.kernels.gpu.targets import Device, Target, pretend
 from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -34,8 +36,8 @@ class Launch:
         programs: How many it would have been launched with.
         warps: Of a program.
         constants: What it was compiled for, by name.
-        compilation: What became of it.
-        ttir: The same in Triton's own dialect, whose loads and stores still have tensors' types.
+        target: For which GPU.
+        compiled: What Triton made of it.
     """
 
     kernel: str
@@ -43,8 +45,19 @@ class Launch:
     programs: int
     warps: int
     constants: dict[str, Any]
-    compilation: Compilation
-    ttir: str
+    target: Target
+    compiled: Any
+
+    @cached_property
+    def compilation(self) -> Compilation:
+        """What became of it, in numbers; reading the machine code takes a second."""
+        return read(self.compiled, self.target)
+
+    @property
+    def ttir(self) -> str:
+        """The kernel in Triton's own dialect, whose loads and stores still have tensors' types."""
+        text: str = self.compiled.asm["ttir"]
+        return text
 
 
 class AbsentDevice:
@@ -83,10 +96,11 @@ class AbsentDevice:
 def compiling_for(target: Target) -> Iterator[list[Launch]]:
     """As if `target` were here, its tensors on the meta device; the list fills with what would have been launched.
 
-    Each kernel is noted once, as often as it is launched with the same code.
+    Each kernel is noted once, as often as it is launched with the same code; of candidates that differ only in how far
+    ahead they load (`num_stages`), which changes no loop, one is.
     """
     launches: list[Launch] = []
-    launch = JITFunction.run
+    launch, prune = JITFunction.run, Autotuner.prune_configs
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         options.setdefault("enable_fp_fusion", True)  # the default, which triton 3.9 warns of
@@ -94,12 +108,16 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
         if compiled is not None:
             named = {**dict(zip(self.arg_names, arguments)), **options}
             constants = {one.name: named[one.name] for one in self.params if one.is_constexpr and one.name in named}
-            warps, ttir = compiled.metadata.num_warps, compiled.asm["ttir"]
             programs = math.prod(grid(named) if callable(grid) else grid)
-            found = Launch(self.__name__, compiled.hash, programs, warps, constants, read(compiled, target), ttir)
+            warps = compiled.metadata.num_warps
+            found = Launch(self.__name__, compiled.hash, programs, warps, constants, target, compiled)
             if all(found.identity != other.identity for other in launches):
                 launches.append(found)
         return compiled
+
+    def unlike(self: Any, options: dict[str, Any]) -> list[Any]:
+        candidates = {(str(one.kwargs), one.num_warps): one for one in prune(self, options)}
+        return list(candidates.values())
 
     before = driver._active
     driver.set_active(AbsentDevice(target))
@@ -107,6 +125,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
         with (
             pretend(Device(target, PROCESSORS)),
             mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(Autotuner, "prune_configs", unlike),
             _asked_before_a_launch(target),
         ):
             yield launches
@@ -114,7 +133,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
         driver.set_active(before)
 
 
-def _asked_before_a_launch(target: Target) -> AbstractContextManager[None]:
+def _asked_before_a_launch(target: Target) -> ExitStack:
     """Answers to what host code asks PyTorch of a GPU."""
     number = target.architecture if isinstance(target.architecture, int) else 0
     properties = SimpleNamespace(multi_processor_count=PROCESSORS, warp_size=target.warp_size)

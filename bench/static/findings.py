@@ -1,6 +1,6 @@
 """What was found in the machine code of a subject: one `Finding` for each line of the report."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,25 +109,42 @@ class Finding:
         )
 
 
-def examine(subject: Subject, target: Target) -> Finding:
-    """Compile a subject for a target, and read what became of it."""
-    launches: list[Launch] = []
+def examine(subjects: Sequence[Subject], target: Target) -> Iterator[Finding]:
+    """Compile subjects for a target, and read what became of them; what two subjects launch alike is compiled once."""
+    compiled: dict[Callable[..., object], list[Launch] | str] = {}
+    for subject in subjects:
+        if subject.run not in compiled:
+            compiled[subject.run] = _launches(subject, target)
+        launches = compiled[subject.run]
+        if isinstance(launches, str):
+            yield Finding(target.name, subject, failure=launches)
+        else:
+            yield _finding(subject, target, [one for one in launches if one.kernel in subject.kernels])
+
+
+def _launches(subject: Subject, target: Target) -> list[Launch] | str:
+    """What it launches, or the compiler's last words."""
     try:
         with compiling_for(target) as launches:
             for rows in ROWS if subject.width else (None,):
                 subject.run(*(() if rows is None else (rows,)))
     except CompilationError as error:
-        return Finding(target.name, subject, failure=str(error).strip().splitlines()[-1])
-    found = [_kernel(launch, subject, target) for launch in launches if launch.kernel in subject.kernels]
-    if not found:
+        return str(error).strip().splitlines()[-1]
+    return launches
+
+
+def _finding(subject: Subject, target: Target, launches: list[Launch]) -> Finding:
+    if not launches:
         return Finding(target.name, subject, failure=f"launched none of {', '.join(subject.kernels)}")
-    best = tuple(
-        min((each for each in found if each.launch.kernel == name), key=_rank)
-        for name in subject.kernels
-        if any(each.launch.kernel == name for each in found)
-    )
-    variants = len(found) if subject.width else 0
-    return Finding(target.name, subject, best, len(found), variants)
+    best = []
+    for name in subject.kernels:
+        candidates = [one for one in launches if one.kernel == name]
+        if subject.width:  # they move the same; the one in the middle, of those that an autotuner has
+            best.append(_kernel(candidates[len(candidates) // 2], subject, target))
+        elif candidates:
+            best.append(min((_kernel(one, subject, target) for one in candidates), key=_rank))
+    variants = len(launches) if subject.width else 0
+    return Finding(target.name, subject, tuple(best), len(launches), variants)
 
 
 def _rank(kernel: KernelFinding) -> tuple[bool, float, int]:

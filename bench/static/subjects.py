@@ -37,6 +37,8 @@ PRODUCTS = {
     "_bwd_kernel": (5,),
 }
 
+# A project, what launches a norm of so many rows, and the kernels of its forward and backward.
+Run = tuple[str, Callable[..., object], str, str]
 # Batch, heads and positions that attention is compiled for: they change no code, but some kernels want them so.
 B, H, T = 2, 16, 4096
 # Rows that norms are compiled for: no two of them should need code of their own.
@@ -77,23 +79,22 @@ class Places:
 def attention_subjects(head_dim: int, places: Places) -> list[Subject]:
     """Causal attention, forward and backward, in half precision."""
     forward, backward = f"attention forward D {head_dim}", f"attention backward D {head_dim}"
+    ours = partial(_our_attention, head_dim)
+    ours_backward = ("attention_backward_key_value_kernel", "attention_backward_query_kernel")
     found = [
-        Subject(OURS, forward, partial(_our_attention, head_dim), ("attention_forward_kernel",), head_dim),
-        Subject(
-            OURS,
-            backward,
-            partial(_our_attention, head_dim),
-            ("attention_backward_key_value_kernel", "attention_backward_query_kernel"),
-            head_dim,
-        ),
+        Subject(OURS, forward, ours, ("attention_forward_kernel",), head_dim),
+        Subject(OURS, backward, ours, ours_backward, head_dim),
     ]
-    for project, place, run, kernels in (
+    for project, place, function, kernels in (
         (TUTORIAL, places.tutorial, _tutorial, ("_attn_fwd", "_attn_bwd")),
         (FLASH_ATTENTION, places.flash_attention, _flash_attention, ("_fwd_kernel", "_bwd_kernel")),
     ):
         if place is not None:
-            for operation, kernel in zip((forward, backward), kernels):
-                found.append(Subject(project, operation, partial(run, place, head_dim), (kernel,), head_dim))
+            run = partial(function, place, head_dim)
+            found += [
+                Subject(project, operation, run, (kernel,), head_dim)
+                for operation, kernel in zip((forward, backward), kernels)
+            ]
     return found
 
 
@@ -106,12 +107,14 @@ def norm_subjects(width: int, places: Places) -> list[Subject]:
         ("add + layer norm", True, True),
         ("add + RMS norm", False, True),
     ):
-        runs = [(OURS, partial(_our_norm, width, centered, adds), "norm_forward_kernel", "norm_backward_kernel")]
+        runs: list[Run] = [
+            (OURS, partial(_our_norm, width, centered, adds), "norm_forward_kernel", "norm_backward_kernel")
+        ]
         if _is_installed("liger_kernel"):
             runs += _liger(width, centered, adds)
         if places.flash_attention is not None:
-            run = partial(_flash_norm, places.flash_attention, width, centered, adds)
-            runs.append((FLASH_ATTENTION, run, "_layer_norm_fwd_1pass_kernel", "_layer_norm_bwd_kernel"))
+            flash = partial(_flash_norm, places.flash_attention, width, centered, adds)
+            runs.append((FLASH_ATTENTION, flash, "_layer_norm_fwd_1pass_kernel", "_layer_norm_bwd_kernel"))
         for project, run, forward, backward in runs:
             # Its host code asks a tensor on the meta device for multiprocessors, and finds one.
             programs = (lambda rows, processors: processors) if project == LIGER else None
@@ -182,7 +185,7 @@ def _flash_norm(folder: Path, width: int, centered: bool, adds: bool, rows: int)
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def _liger(width: int, centered: bool, adds: bool) -> list[tuple[str, Callable[[int], None], str, str]]:
+def _liger(width: int, centered: bool, adds: bool) -> list[Run]:
     """Liger has no fused add for layer norm."""
     from liger_kernel.ops import LigerFusedAddRMSNormFunction, LigerLayerNormFunction, LigerRMSNormFunction
 

@@ -1,7 +1,7 @@
 """The static report as tables for people, and as JSON for programs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .bound import PIPES, TENSOR
 from .compiling import PROCESSORS
 from .findings import Finding, KernelFinding, LoopFinding
 from .subjects import OURS, ROWS
 
+MEASURES: dict[str, Callable[[Finding], float | None]] = {
+    "instructions a score beside the tensor cores'": lambda one: one.beside_tensor,
+    "bytes moved": Finding.bytes_moved,
+}
+# Characters that a compiler's last words may take.
+FAILURE = 56
+PIPES_BESIDE = tuple(pipe for pipe in PIPES if pipe != TENSOR)
 HOW_TO_READ = (
     "per score: instructions of a thread for each score of query and key, in the loop that masks nothing, by pipe; "
     "beside: all but the tensor cores'.",
@@ -31,7 +39,8 @@ def attention_table(findings: Sequence[Finding]) -> Table:
     for finding, following in zip(findings, [*findings[1:], None]):
         ends = following is None or (following.target, following.subject.operation) != _group(finding)
         if finding.failure:
-            table.add_row(*_names(finding), finding.failure[:40], style="dim", end_section=ends)
+            operation, project = _names(finding)
+            table.add_row(operation, f"{project}: {finding.failure}"[:FAILURE], style="dim", end_section=ends)
         for kernel in finding.kernels:
             for loop in kernel.unmasked:
                 is_last = ends and kernel is finding.kernels[-1] and loop is kernel.unmasked[-1]
@@ -46,7 +55,8 @@ def norm_table(findings: Sequence[Finding]) -> Table:
     for finding, following in zip(findings, [*findings[1:], None]):
         ends = following is None or (following.target, following.subject.operation) != _group(finding)
         if finding.failure:
-            table.add_row(*_names(finding), finding.failure[:40], style="dim", end_section=ends)
+            operation, project = _names(finding)
+            table.add_row(operation, f"{project}: {finding.failure}"[:FAILURE], style="dim", end_section=ends)
         for kernel in finding.kernels:
             moved, traffic = finding.bytes_moved(), kernel.traffic
             cells = (
@@ -68,12 +78,10 @@ def verdicts(findings: Sequence[Finding]) -> list[str]:
         alike = [finding for finding in findings if _group(finding) == group]
         ours = next((finding for finding in alike if finding.subject.project == OURS), None)
         others = [finding for finding in alike if finding.subject.project != OURS]
-        for what, measure in (
-            ("instructions a score beside the tensor cores'", lambda one: one.beside_tensor),
-            ("bytes moved", lambda one: one.bytes_moved()),
-        ):
-            theirs = {one.subject.project: measure(one) for one in others if measure(one) is not None}
-            mine = measure(ours) if ours is not None else None
+        for what, measure in MEASURES.items():
+            known = {one.subject.project: measure(one) for one in others}
+            theirs = {project: value for project, value in known.items() if value is not None}
+            mine = None if ours is None else measure(ours)
             if mine is not None and theirs:
                 best = min(theirs, key=lambda name: theirs[name])
                 word = "fewer" if mine < theirs[best] else "as many" if mine == theirs[best] else "MORE"
@@ -121,7 +129,11 @@ def _kernel_to_json(kernel: KernelFinding) -> dict[str, Any]:
 
 
 def _loop_to_json(loop: LoopFinding) -> dict[str, Any]:
-    found = {"scores": loop.scores, "instructions": loop.instructions, "beside_tensor": loop.beside_tensor}
+    found: dict[str, Any] = {
+        "scores": loop.scores,
+        "instructions": loop.instructions,
+        "beside_tensor": loop.beside_tensor,
+    }
     if loop.bound is not None:
         found |= {
             "cycles": loop.bound.cycles,
@@ -134,8 +146,8 @@ def _loop_to_json(loop: LoopFinding) -> dict[str, Any]:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("operation")
-    table.add_column("kernel")
+    table.add_column("operation", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table
@@ -162,7 +174,7 @@ def _size(kernel: KernelFinding) -> tuple[str, str, str]:
 
 
 def _loop(loop: LoopFinding) -> tuple[str, ...]:
-    mix = tuple(f"{loop.per_score[pipe]:.1f}" for pipe in ("fma", "alu", "special", "memory", "other"))
+    mix = tuple(f"{loop.per_score[pipe]:.1f}" for pipe in PIPES_BESIDE)
     if loop.bound is None:
         return (*mix, f"{loop.beside_tensor:.1f}", "", "")
     at_best = f"{loop.bound.pipe} {loop.bound.tensor_use:.0%}"
