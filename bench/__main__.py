@@ -17,6 +17,7 @@ except ImportError:
 from trilby.kernels import keep_memory
 
 from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings
+from .one_line import QUICK_TRIAL, TRIAL, trial_steps, try_models
 from .report import foot, heading, is_alarm, table, write_json
 from .results import Row, Run, Training
 from .suite import Plan, allocator_row, kernel_rows
@@ -31,7 +32,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m trilby.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds, a small GPT: does it all work?")
-    parser.add_argument("--only", choices=("attention", "norm", "gpt"), help="one group instead of all")
+    parser.add_argument("--only", choices=("attention", "norm", "gpt", "models"), help="one group instead of all")
     parser.add_argument("--threads", type=_positive, help="threads to compute with, instead of PyTorch's choice")
     parser.add_argument("--cold", action="store_true", help="evict the caches before every call")
     parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile as one more contestant")
@@ -66,7 +67,9 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
     machine = describe_machine()
     lesson = QUICK_LESSON if plan.quick else LESSON
     trains = plan.includes("gpt")
-    total = ceiling_steps(plan.quick) + plan.kernel_steps + training_steps(lesson) * trains
+    trial = QUICK_TRIAL if plan.quick else TRIAL
+    tries = plan.includes("models")
+    total = ceiling_steps(plan.quick) + plan.kernel_steps + training_steps(lesson) * trains + trial_steps(trial) * tries
     with _progress() as progress:
         task = progress.add_task("ceilings", total=total)
 
@@ -89,6 +92,10 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="GPT training")
             trained, trainings = train(lesson, ceilings, advance)
             rows += trained
+        if tries:
+            progress.update(task, description="your model, one line")
+            tried, others = try_models(trial, ceilings, advance)
+            rows, trainings = rows + list(tried), trainings + others
     return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), time.perf_counter() - started)
 
 

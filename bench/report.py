@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .machine import Ceilings, Machine
+from .machine import MIB, Ceilings, Machine
 from .measure import SELF_CHECK_BOUND, quantiles
 from .results import COMPILED, OURS, RIVAL, Row, Run, Training
 
@@ -86,7 +86,15 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
 
 def foot(run: Run) -> list[str]:
     """How to read the table, what the losses say, and whether the run can be believed."""
-    return [*HOW_TO_READ, _score(run), *map(_curves, run.trainings), _allocation(), *_self_check(run), *_alarms(run)]
+    return [
+        *HOW_TO_READ,
+        _score(run),
+        *map(_curves, run.trainings),
+        *_memory(run),
+        _allocation(),
+        *_self_check(run),
+        *_alarms(run),
+    ]
 
 
 def _score(run: Run) -> str:
@@ -100,12 +108,23 @@ def _curves(training: Training) -> str:
     verdict = "agree" if training.agrees else "DISAGREE"
     curve = training.losses[RIVAL]
     return (
-        f"GPT in {training.dtype} on {training.text}: {len(curve)} steps, loss {curve[0]:.3f} -> {curve[-1]:.3f}, "
+        f"{training.model} in {training.dtype} on {training.text}: {len(curve)} steps, "
+        f"loss {curve[0]:.3f} -> {curve[-1]:.3f}, "
         f"{training.tokens_per_second[OURS]:.0f} tokens/s with trilby, "
         f"{training.tokens_per_second[RIVAL]:.0f} with PyTorch; "
         f"the two loss curves {verdict}: they differ by at most {training.largest_difference:.1e}, "
         f"where a step changes the loss by {training.usual_change:.1e}."
     )
+
+
+def _memory(run: Run) -> list[str]:
+    """What a step of an unchanged model needs beyond its weights."""
+    shown = []
+    for row in run.rows:
+        ours, rival = (row.peak_bytes.get(name) for name in (OURS, RIVAL))
+        if row.direction == "step" and ours is not None and rival is not None:
+            shown.append(f"{row.operation} {ours / MIB:.0f} MiB ({rival / MIB:.0f})")
+    return [f"peak memory of a step, with trilby (with PyTorch): {', '.join(shown)}."] if shown else []
 
 
 def _allocation() -> str:
@@ -189,6 +208,7 @@ def training_to_json(training: Training) -> dict[str, Any]:
     """A pair of loss curves."""
     return {
         "dtype": training.dtype,
+        "model": training.model,
         "text": training.text,
         "losses": {name: list(values) for name, values in training.losses.items()},
         "tokens_per_second": dict(training.tokens_per_second),

@@ -124,14 +124,16 @@ class Training:
     Attributes:
         dtype: In what the two were trained.
         text: Where the text is from.
-        losses: Of every step, by contestant, and "float64".
+        losses: Of every step, by contestant, and "float64" where that was trained, too.
         tokens_per_second: In the median step, by contestant.
+        model: What was trained.
     """
 
     dtype: str
     text: str
     losses: Mapping[str, tuple[float, ...]]
     tokens_per_second: Mapping[str, float]
+    model: str = "GPT"
 
     @property
     def largest_difference(self) -> float:

@@ -34,7 +34,7 @@ class Plan:
     """What to run.
 
     Attributes:
-        only: "attention", "norm" or "gpt"; none: all.
+        only: "attention", "norm", "gpt" or "models"; none: all.
         quick: Few cases, few rounds, a small GPT.
         cold: Evict the caches before every turn.
         compiled: Let PyTorch's functions through torch.compile take turns too.
