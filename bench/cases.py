@@ -5,19 +5,23 @@ mask, and 2.5 times as many backward (Dao, flash-attention's benchmarks). Norms:
 processor and memory at the very least; what PyTorch's unfused calls move on top is their own loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Direction = Literal["forward", "forward+backward"]
+Device = Literal["cpu", "cuda"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
+# On a GPU, attention in float32 is nobody's concern, and norms in float32 are those of mixed precision.
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Causal attention of B sequences of T positions, H heads of D numbers.
+    """Attention of B sequences of T positions, H heads of D numbers.
 
     Attributes:
+        device: Where it is run.
+        is_causal: Each position looks at itself and those before; else at all.
         packed: query, key and value are views of one (B, T, 3·H·D) tensor, as a GPT's are, and the gradient is that
             tensor's; else three tensors (B, H, T, D).
         why: What this case stands for.
@@ -31,6 +35,8 @@ class AttentionCase:
     why: str
     packed: bool = False
     quick: bool = False
+    device: Device = "cpu"
+    is_causal: bool = True
 
     @property
     def operation(self) -> str:
@@ -38,9 +44,14 @@ class AttentionCase:
         return "attention"
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """In what it is run."""
+        return DTYPES if self.device == "cpu" else ("bfloat16",)
+
+    @property
     def shape(self) -> str:
         """The sizes, as the table shows them."""
-        return f"{self.B}x{self.H}x{self.T}x{self.D}" + (" packed" if self.packed else "")
+        return f"{self.B}x{self.H}x{self.T}x{self.D}" + " packed" * self.packed + " full" * (not self.is_causal)
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,17 @@ class NormCase:
     why: str
     add: bool = False
     quick: bool = False
+    device: Device = "cpu"
 
     @property
     def operation(self) -> str:
         """What is computed."""
         return "add_layer_norm" if self.add else "layer_norm"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """In what it is run."""
+        return DTYPES
 
     @property
     def shape(self) -> str:
@@ -86,20 +103,57 @@ _NORM_SIZES = (
 )
 NORM_CASES = tuple(NormCase(size.N, size.C, size.why, add, size.quick) for add in (False, True) for size in _NORM_SIZES)
 
+# 16,384 positions of a model 2048 wide, as flash-attention's charts have them, so that numbers can be set beside them.
+_GPU_ATTENTION_SIZES = (
+    (512, "short sequences, many of them: launches and tiles that end early show"),
+    (1024, "GPT-2 in training"),
+    (2048, "Llama's first context"),
+    (4096, "Llama 2's context"),
+    (8192, "Llama 3's context"),
+    (16384, "a long context: the kernels' own speed, and nothing else"),
+)
+GPU_ATTENTION_CASES = tuple(
+    AttentionCase(16384 // T, 2048 // D, T, D, why, quick=T == 1024, device="cuda", is_causal=is_causal)
+    for D in (64, 128)
+    for is_causal in (True, False)
+    for T, why in _GPU_ATTENTION_SIZES
+    if is_causal or T in (1024, 4096, 16384)
+)
+# Liger's sizes, so that numbers can be set beside its own, and GPT-2's.
+_GPU_NORM_SIZES = (
+    NormCase(4096, 768, "GPT-2 in training: more launch than work", quick=True, device="cuda"),
+    NormCase(16384, 1600, "GPT-2 XL in training", device="cuda"),
+    NormCase(4096, 4096, "Llama's width", device="cuda"),
+    NormCase(4096, 16384, "the widest row that registers hold", device="cuda"),
+)
+GPU_NORM_CASES = tuple(replace(size, add=add) for add in (False, True) for size in _GPU_NORM_SIZES)
+
 # PyTorch against itself, timed exactly as the others are: what the harness and the machine add on their own.
 SELF_CHECKS: tuple[tuple[Case, Direction], ...] = (
     (ATTENTION_CASES[1], "forward"),
     (_NORM_SIZES[0], "forward"),
     (_NORM_SIZES[2], "forward+backward"),
 )
+GPU_SELF_CHECKS: tuple[tuple[Case, Direction], ...] = (
+    (GPU_ATTENTION_CASES[1], "forward"),
+    (_GPU_NORM_SIZES[0], "forward+backward"),
+)
+# Awkward lengths that are run again and again on a GPU: a race shows as bits that differ (flash-attention's own).
+REPEAT_CASES: tuple[Case, ...] = (
+    AttentionCase(8, 12, 239, 64, "a length of no tile", device="cuda"),
+    AttentionCase(8, 4, 799, 128, "the same, of wide heads", device="cuda"),
+    AttentionCase(8, 4, 1023, 256, "the same, of the widest", device="cuda"),
+    NormCase(4099, 1023, "rows and columns of no tile", device="cuda"),
+    NormCase(513, 12289, "the same, beyond registers", add=True, device="cuda"),
+)
 # glibc gives each tensor above 32 MiB back to the system when it is freed, and its pages are paid for again; the output
 # of this case is one such tensor, and shows what that costs.
 ALLOCATION_CASE = NormCase(8192, 1600, "an output above 32 MiB")
 
 
-def attention_flops(B: int, H: int, T: int, D: int, direction: Direction) -> float:
-    """Floating-point operations of causal attention, recomputing the scores backward included."""
-    forward = 4 * B * H * T * T * D / 2
+def attention_flops(B: int, H: int, T: int, D: int, direction: Direction, is_causal: bool = True) -> float:
+    """Floating-point operations of attention, recomputing the scores backward included; half of them under a mask."""
+    forward = 4 * B * H * T * T * D / (2 if is_causal else 1)
     return forward if direction == "forward" else (1 + 2.5) * forward
 
 

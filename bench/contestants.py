@@ -16,6 +16,7 @@ from trilby.kernels import reference
 
 from .cases import AttentionCase, Case, Direction, NormCase
 from .results import COMPILED, OURS, RIVAL, Error
+from .rivals import rivals
 
 Tensors = dict[str, Tensor]
 Call = Callable[[], Tensors]
@@ -24,10 +25,17 @@ Call = Callable[[], Tensors]
 CHECKED_HEADS = 3
 
 
-def contestants(compiled: bool) -> dict[str, Layers]:
-    """Those who are timed, by name, in the order of their turns; compiling the rival takes a C++ compiler."""
-    both = {RIVAL: PYTORCH, OURS: TRILBY}
-    return both | {COMPILED: compile_layers(PYTORCH)} if compiled else both
+def contestants(compiled: bool, case: Case | None = None) -> dict[str, Layers]:
+    """Those who are timed, by name, in the order of their turns; compiling the rival takes a C++ compiler.
+
+    On a GPU others take part in a case, too, if they are installed and compute its operation.
+    """
+    found = {RIVAL: PYTORCH, OURS: TRILBY}
+    if compiled:
+        found[COMPILED] = compile_layers(PYTORCH)
+    if case is not None and case.device == "cuda":
+        found |= rivals(case.operation)
+    return found
 
 
 def compile_layers(layers: Layers) -> Layers:
@@ -72,11 +80,11 @@ class Job:
 
 
 def prepare(case: Case, dtype: torch.dtype, seed: int = 0) -> Job:
-    """Draw the inputs of `case`, and of the gradients, from N(0, 1)."""
-    generator = torch.Generator().manual_seed(seed)
+    """Draw the inputs of `case`, and of the gradients, from N(0, 1), on its device."""
+    generator = torch.Generator(case.device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device=case.device).to(dtype)
 
     if isinstance(case, NormCase):
         return _norm_job(case, draw)
@@ -110,18 +118,18 @@ def _attention_job(case: AttentionCase, draw: Callable[..., Tensor]) -> Job:
     return Job(
         inputs={name: tensor.requires_grad_() for name, tensor in inputs.items()},
         gradients={"output": draw(B, T, H, D).transpose(1, 2)},  # [B, H, T, D], in memory as a GPT's comes back
-        compute=partial(_attend, D),
+        compute=partial(_attend, case),
         pick=partial(_one_head, case),
         picks=min(CHECKED_HEADS, B * H),
     )
 
 
-def _attend(D: int, layers: Layers, inputs: Tensors) -> Tensors:
+def _attend(case: AttentionCase, layers: Layers, inputs: Tensors) -> Tensors:
     if "packed" in inputs:
-        query, key, value = _unpacked(inputs["packed"], D).transpose(1, 3).unbind(dim=2)  # [B, H, T, D] each
+        query, key, value = _unpacked(inputs["packed"], case.D).transpose(1, 3).unbind(dim=2)  # [B, H, T, D] each
     else:
         query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    output: Tensor = layers.attention(query, key, value, dropout_p=0.0, is_causal=True)
+    output: Tensor = layers.attention(query, key, value, dropout_p=0.0, is_causal=case.is_causal)
     return {"output": output}
 
 

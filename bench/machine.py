@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 from trilby.kernels.doctor import services
 
+from .cases import Device
+from .measure import HOST, DeviceTimer, Timer
+
 MIB = 2**20
 # Side lengths of the products tried: small ones live in the caches, large ones hide the start of the threads.
 PRODUCT_SIDES = (512, 1024, 2048, 3072)
+GPU_PRODUCT_SIDES = (4096, 8192, 12288)
 # Bytes moved by the copies tried, read and written together: within a core's own caches, within the shared one, beyond.
 COPY_BYTES = (1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
 
@@ -43,6 +47,7 @@ class Machine:
         capability: The instruction set that PyTorch's own kernels use.
         services: What computes each of trilby's operators, by name.
         versions: Of Python, torch and trilby.
+        gpu: Name, multiprocessors, memory and architecture of the GPU that the cases run on; "" where they do not.
     """
 
     processor: str
@@ -55,6 +60,7 @@ class Machine:
     capability: str
     services: dict[str, str]
     versions: dict[str, str]
+    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ class Ceilings:
         return max(copy.rate for copy in ordered[max(len(smaller) - 1, 0) :])
 
 
-def describe_machine() -> Machine:
-    """What this machine says about itself."""
+def describe_machine(device: Device = "cpu") -> Machine:
+    """What this machine says about itself, and about its GPU if cases run on `device` "cuda"."""
     return Machine(
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -94,14 +100,15 @@ def describe_machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         load=os.getloadavg()[0],
         capability=torch.backends.cpu.get_cpu_capability(),
-        services={service.operator: service.served_by for service in services() if service.device == "cpu"},
+        services={service.operator: service.served_by for service in services() if service.device == device},
         versions={"python": platform.python_version(), "torch": torch.__version__, "trilby": version("trilby")},
+        gpu=_gpu() if device == "cuda" else "",
     )
 
 
-def measure_ceilings(quick: bool, advance: Callable[[], None]) -> Ceilings:
+def measure_ceilings(quick: bool, advance: Callable[[], None], device: Device = "cpu") -> Ceilings:
     """Measure the ceilings with the threads that PyTorch has; `advance` is called `ceiling_steps(quick)` times."""
-    sides = PRODUCT_SIDES[:2] if quick else PRODUCT_SIDES
+    sides = (PRODUCT_SIDES if device == "cpu" else GPU_PRODUCT_SIDES)[: 2 if quick else None]
     sizes = COPY_BYTES[:4] if quick else COPY_BYTES
     flops: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -109,35 +116,38 @@ def measure_ceilings(quick: bool, advance: Callable[[], None]) -> Ceilings:
         # have no instruction or no good library.
         rates = [*flops.values()]
         for side in sides:
-            rates.append(product_rate(side, dtype))
+            rates.append(product_rate(side, dtype, device))
             advance()
         flops[str(dtype).removeprefix("torch.")] = max(rates)
     copies = []
     for size in sizes:
-        copies.append(Copy(size, copy_rate(size)))
+        copies.append(Copy(size, copy_rate(size, device)))
         advance()
     return Ceilings(flops, tuple(copies))
 
 
-def ceiling_steps(quick: bool) -> int:
+def ceiling_steps(quick: bool, device: Device = "cpu") -> int:
     """How many measurements `measure_ceilings` makes."""
-    return 2 * 2 + 4 if quick else 2 * len(PRODUCT_SIDES) + len(COPY_BYTES)
+    sides = PRODUCT_SIDES if device == "cpu" else GPU_PRODUCT_SIDES
+    return 2 * 2 + 4 if quick else 2 * len(sides) + len(COPY_BYTES)
 
 
-def product_rate(side: int, dtype: torch.dtype) -> float:
+def product_rate(side: int, dtype: torch.dtype, device: Device = "cpu") -> float:
     """Operations per second, a multiplication and an addition counted as two, of a product of two square matrices."""
-    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
-    product = torch.empty(side, side, dtype=dtype)
+    left, right = torch.randn(side, side).to(device, dtype), torch.randn(side, side).to(device, dtype)
+    product = torch.empty(side, side, dtype=dtype, device=device)
 
     def multiply() -> None:
         torch.mm(left, right, out=product)
 
-    return 2 * side**3 / _fastest(multiply, seconds=0.4)
+    return 2 * side**3 / _fastest(multiply, seconds=0.4, timer=timer_of(device))
 
 
-def copy_rate(moved: int) -> float:
+def copy_rate(moved: int, device: Device = "cpu") -> float:
     """Bytes per second of copying `moved` / 2 bytes, reads and writes counted."""
-    source, target = torch.ones(moved // 2, dtype=torch.uint8), torch.ones(moved // 2, dtype=torch.uint8)
+    source, target = (torch.ones(moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    if device == "cuda":
+        return moved / _fastest(lambda: target.copy_(source), seconds=0.2, timer=timer_of(device))
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         c_library = _fastest(lambda: _copy_by_c_library(target, source, pool, threads), seconds=0.2)
@@ -156,7 +166,12 @@ def _copy_by_c_library(target: Tensor, source: Tensor, pool: ThreadPoolExecutor,
     )
 
 
-def _fastest(call: Callable[[], object], seconds: float) -> float:
+def timer_of(device: Device) -> Timer:
+    """What times calls on `device`."""
+    return HOST if device == "cpu" else DeviceTimer(lambda: torch.cuda.Event(enable_timing=True))
+
+
+def _fastest(call: Callable[[], object], seconds: float, timer: Timer = HOST) -> float:
     """Seconds of the fastest of the calls that fit into `seconds`, at least three, after one to warm up.
 
     A ceiling is the one place where the best run is the right one: whatever disturbs a run only lowers it.
@@ -165,10 +180,20 @@ def _fastest(call: Callable[[], object], seconds: float) -> float:
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - started < seconds:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(timer.time(call)())
     return min(times)
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    architecture = (
+        getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    )
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return (
+        f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
+        f"{properties.total_memory / 2**30:.0f} GiB, {architecture}, {toolkit}"
+    )
 
 
 def _processor() -> str:

@@ -10,6 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 # PyTorch timed against itself must read 1 within this; else the run is too noisy to be believed, and says so.
 SELF_CHECK_BOUND = 0.05
@@ -91,38 +95,114 @@ def rounds_and_calls(seconds_per_call: Sequence[float], budget: Budget) -> tuple
     return rounds, calls
 
 
+class Timer(Protocol):
+    """What times a turn."""
+
+    def time(self, run: Callable[[], object]) -> Callable[[], float]:
+        """Run, and return what tells the seconds it took: at once, or later, when a device is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class HostTimer:
+    """The time that passes on this processor, for calls that return when they are done."""
+
+    clock: Callable[[], float] = time.perf_counter
+
+    def time(self, run: Callable[[], object]) -> Callable[[], float]:
+        """Run; the time is known at once."""
+        start = self.clock()
+        run()
+        seconds = self.clock() - start
+        return lambda: seconds
+
+
+HOST = HostTimer()
+
+
+class Event(Protocol):
+    """A mark in a device's queue, as `torch.cuda.Event` is one."""
+
+    def record(self) -> None:
+        """Queue the mark."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has reached it."""
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds from this mark to `end`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceTimer:
+    """The time that passes on a device between two marks in its queue.
+
+    Nothing waits for the device before all turns are queued. While it works on what was queued before (the writing that
+    empties its caches, an eighth of a millisecond), the processor queues the turn: its own time is hidden, as it is in
+    a training that keeps the GPU busy, unless launching takes longer than the work.
+    """
+
+    event: Callable[[], Event]
+
+    def time(self, run: Callable[[], object]) -> Callable[[], float]:
+        """Queue the work between two marks; asking for the time waits for the second."""
+        start, end = self.event(), self.event()
+        start.record()
+        run()
+        end.record()
+
+        def seconds() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return seconds
+
+
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], budget: Budget, clock: Callable[[], float] = time.perf_counter
+    contestants: Mapping[str, Callable[[], object]], budget: Budget, timer: Timer = HOST
 ) -> dict[str, tuple[float, ...]]:
     """Seconds per call of each contestant, one number per round, measured in turns: A B A B.
 
     What a call returns is freed within the time taken, as it is in a model.
     """
     with _no_garbage_collection():
-        estimates = [_estimate(call, budget, clock) for call in contestants.values()]
+        estimates = [_estimate(call, budget, timer) for call in contestants.values()]
         rounds, calls = rounds_and_calls(estimates, budget)
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        turns: dict[str, list[Callable[[], float]]] = {name: [] for name in contestants}
         for _ in range(rounds):
             for name, call in contestants.items():
-                seconds[name].append(_turn(call, calls, budget.before, clock))
-    return {name: tuple(values) for name, values in seconds.items()}
+                turns[name].append(_turn(call, calls, budget.before, timer))
+        return {name: tuple(seconds() / calls for seconds in own) for name, own in turns.items()}
 
 
-def _estimate(call: Callable[[], object], budget: Budget, clock: Callable[[], float]) -> float:
+def _estimate(call: Callable[[], object], budget: Budget, timer: Timer) -> float:
     """Seconds of one call, warm: a first call tells only whether a second one is needed to know."""
-    first = _turn(call, 1, budget.before, clock)
-    return first if first > LONG_CALL else _turn(call, 1, budget.before, clock)
+    first = _turn(call, 1, budget.before, timer)()
+    return first if first > LONG_CALL else _turn(call, 1, budget.before, timer)()
 
 
 def _turn(
-    call: Callable[[], object], calls: int, before: Callable[[], object] | None, clock: Callable[[], float]
-) -> float:
+    call: Callable[[], object], calls: int, before: Callable[[], object] | None, timer: Timer
+) -> Callable[[], float]:
     if before is not None:
         before()
-    start = clock()
-    for _ in range(calls):
-        call()
-    return (clock() - start) / calls
+
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return timer.time(run)
+
+
+def differing_runs(call: Callable[[], Mapping[str, Tensor]], repeats: int) -> int:
+    """How many of so many more calls return other bits than the first: a race, or an order that changes."""
+    first = call()
+    return sum(any(not _same_bits(first[name], each) for name, each in call().items()) for _ in range(repeats))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @contextmanager

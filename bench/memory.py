@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 RESET_HIGH_WATER_MARK = "5"  # Documentation/filesystems/proc.rst of Linux
@@ -25,6 +27,16 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int | None]:
     result = call()
     peak = _status_bytes("VmHWM")
     return result, None if before is None or peak is None else max(peak - before, 0)
+
+
+def device_peak_bytes(call: Callable[[], Result]) -> tuple[Result, int | None]:
+    """The same of a GPU's memory, which PyTorch's allocator counts."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 def _reset_high_water_mark() -> bool:

@@ -72,6 +72,7 @@ class Row:
         work: What a call must do.
         errors: Of every result, the worst for us first; none where a row is about time alone.
         peak_bytes: Memory that a call needs beyond its inputs, by contestant; None where the system cannot tell.
+        absent: Contestants that this case is not for on this machine, and why.
         setting: What differs from the other rows, if anything.
         ours: The contestant that the ratio is about; in a self-check, PyTorch once more.
     """
@@ -85,6 +86,7 @@ class Row:
     work: Work
     errors: tuple[Error, ...] = ()
     peak_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     setting: str = ""
     ours: str = OURS
 
@@ -106,6 +108,11 @@ class Row:
     def is_slower(self) -> bool:
         """Whether we lose, as far as the table's two digits tell."""
         return not self.is_self_check and round(self.ratio.p50, 2) < 1
+
+    def rate(self, contestant: str) -> Quantiles:
+        """Of its work's units per second: the 20th percentile is of the slow rounds."""
+        seconds = quantiles(self.seconds[contestant])
+        return Quantiles(*(self.work.amount / each for each in (seconds.p80, seconds.p50, seconds.p20)))
 
     def share(self, contestant: str) -> float:
         """Of the ceiling, in the median round."""
@@ -158,6 +165,21 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """One case, run again and again.
+
+    Attributes:
+        name: Operation, shape and dtype.
+        repeats: How often.
+        differing: How many runs returned other bits than the first.
+    """
+
+    name: str
+    repeats: int
+    differing: int
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that one `python -m trilby.bench` found."""
 
@@ -168,6 +190,8 @@ class Run:
     trainings: tuple[Training, ...]
     settings: Mapping[str, object]
     seconds: float
+    repeats: tuple[Repeat, ...] = ()
+    advice: tuple[str, ...] = ()
 
     @property
     def self_checks(self) -> tuple[Row, ...]:

@@ -4,26 +4,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from trilby.gpt import PYTORCH
+from trilby.gpt import PYTORCH, TRILBY
 
 from .cases import (
     ALLOCATION_CASE,
     ATTENTION_CASES,
     DIRECTIONS,
-    DTYPES,
+    GPU_ATTENTION_CASES,
+    GPU_NORM_CASES,
+    GPU_SELF_CHECKS,
     NORM_CASES,
+    REPEAT_CASES,
     SELF_CHECKS,
     Case,
+    Device,
     Direction,
     NormCase,
     attention_flops,
     norm_bytes,
 )
 from .contestants import Call, contestants, errors, prepare, truths
-from .machine import MIB, Ceilings
-from .measure import Budget, interleaved
-from .memory import peak_bytes
-from .results import COMPILED, RIVAL, RIVAL_AGAIN, Row, Work
+from .machine import MIB, Ceilings, timer_of
+from .measure import Budget, differing_runs, interleaved
+from .memory import device_peak_bytes, peak_bytes
+from .results import COMPILED, OURS, RIVAL, RIVAL_AGAIN, Repeat, Row, Work
 
 # What `--cold` writes between turns: more than any cache holds, so that no turn finds its inputs there.
 EVICTION_BYTES = 512 * MIB
@@ -38,36 +42,58 @@ class Plan:
         quick: Few cases, few rounds, a small GPT.
         cold: Evict the caches before every turn.
         compiled: Let PyTorch's functions through torch.compile take turns too.
+        device: Where: the cases are other ones. On a GPU caches are always evicted, in the time that a launch takes.
     """
 
     only: str | None = None
     quick: bool = False
     cold: bool = False
     compiled: bool = False
+    device: Device = "cpu"
 
     def includes(self, group: str) -> bool:
         """Whether `group` is run."""
-        return self.only in (None, group)
+        return self.only in (None, group) and (group != "gpt" or self.device == "cpu")
 
     @property
     def cases(self) -> tuple[Case, ...]:
         """The attention and norm cases that are run."""
-        attention = ATTENTION_CASES if self.includes("attention") else ()
-        norm = NORM_CASES if self.includes("norm") else ()
-        return tuple(case for case in (*attention, *norm) if case.quick or not self.quick)
+        on_cpu = self.device == "cpu"
+        attention = ATTENTION_CASES if on_cpu else GPU_ATTENTION_CASES
+        norm = NORM_CASES if on_cpu else GPU_NORM_CASES
+        cases = (*attention * self.includes("attention"), *norm * self.includes("norm"))
+        return tuple(case for case in cases if case.quick or not self.quick)
+
+    @property
+    def self_checks(self) -> tuple[tuple[Case, Direction], ...]:
+        """PyTorch against itself."""
+        return SELF_CHECKS if self.device == "cpu" else GPU_SELF_CHECKS
+
+    @property
+    def repeat_cases(self) -> tuple[Case, ...]:
+        """What is run again and again, to see whether the bits stay: on a GPU, where programs may race."""
+        return () if self.device == "cpu" else REPEAT_CASES
+
+    @property
+    def repeats(self) -> int:
+        """How often."""
+        return 20 if self.quick else 250
 
     @property
     def kernel_steps(self) -> int:
-        """How many rows `allocator_row` and `kernel_rows` make."""
-        return len(SELF_CHECKS) + len(self.cases) * len(DTYPES) * len(DIRECTIONS) + self.shows_allocator
+        """How many rows `allocator_row`, `kernel_rows` and `repeat_rows` make."""
+        rows = sum(len(case.dtypes) * len(DIRECTIONS) for case in self.cases)
+        return len(self.self_checks) + rows + self.shows_allocator + len(self.repeat_cases)
 
     @property
     def shows_allocator(self) -> bool:
         """Whether one case is shown with the C allocator as it comes, too."""
-        return self.includes("norm") and not self.quick
+        return self.includes("norm") and not self.quick and self.device == "cpu"
 
     def budget(self) -> Budget:
         """The time that one row may take."""
+        if self.device == "cuda":
+            return Budget(seconds=0.1 if self.quick else 0.4, most_rounds=100, before=_evict_device)
         before = _evict if self.cold else None
         if self.quick:
             return Budget(seconds=0.1, most_rounds=50, before=before)
@@ -84,29 +110,52 @@ def allocator_row(plan: Plan, ceilings: Ceilings) -> Row:
 
 def kernel_rows(plan: Plan, ceilings: Ceilings, advance: Callable[[], None]) -> Iterator[Row]:
     """A row for every case, dtype and direction, PyTorch against itself in between; `advance` is called after each."""
-    checks = list(SELF_CHECKS)
+    checks = list(plan.self_checks)
     pause = max(len(plan.cases) // len(checks), 1)
     for number, case in enumerate(plan.cases):
         if number % pause == 0 and checks:  # spread over the run, since noise comes and goes
             yield _self_check_row(*checks.pop(0), plan, ceilings)
             advance()
-        for dtype in DTYPES:
+        for dtype in case.dtypes:
             job = prepare(case, getattr(torch, dtype))
             truth = truths(job)
-            sides = contestants(plan.compiled)
+            sides = contestants(plan.compiled, case)
             for direction in DIRECTIONS:
-                calls = {name: job.call(layers, direction) for name, layers in sides.items()}
+                calls, absent = available({name: job.call(layers, direction) for name, layers in sides.items()})
                 if COMPILED in calls:
                     calls[COMPILED]()  # compiles; neither that time nor that memory is a call's
                 # First, while nothing is warm: later calls find scratch memory that they need not ask for.
-                checked = {name: peak_bytes(call) for name, call in calls.items()}
+                measure_peak = peak_bytes if case.device == "cpu" else device_peak_bytes
+                checked = {name: measure_peak(call) for name, call in calls.items()}
                 found = errors(job, {name: result for name, (result, _) in checked.items()}, truth)
                 row = _timed_row(case, direction, dtype, calls, plan, ceilings)
                 peaks = {name: peak for name, (_, peak) in checked.items()}
-                yield replace(row, errors=tuple(found), peak_bytes=peaks)
+                yield replace(row, errors=tuple(found), peak_bytes=peaks, absent=absent)
                 advance()
     for check in checks:
         yield _self_check_row(*check, plan, ceilings)
+        advance()
+
+
+def available(calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that can compute the case on this machine, and of the others why not; ours and PyTorch's must."""
+    found, absent = {}, {}
+    for name, call in calls.items():
+        if name not in (RIVAL, OURS, COMPILED):
+            try:
+                call()
+            except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, ImportError) as error:
+                absent[name] = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                continue
+        found[name] = call
+    return found, absent
+
+
+def repeat_rows(plan: Plan, advance: Callable[[], None]) -> Iterator[Repeat]:
+    """Each of the plan's awkward cases again and again; `advance` is called after each."""
+    for case in plan.repeat_cases:
+        call = prepare(case, torch.bfloat16).call(TRILBY, "forward+backward")
+        yield Repeat(f"{case.operation} {case.shape}", plan.repeats, differing_runs(call, plan.repeats))
         advance()
 
 
@@ -115,7 +164,9 @@ def work_of(case: Case, direction: Direction, dtype: str, ceilings: Ceilings) ->
     if isinstance(case, NormCase):
         moved = norm_bytes(case, direction, getattr(torch, dtype).itemsize)
         return Work(moved, "byte", ceilings.bandwidth(moved))
-    return Work(attention_flops(case.B, case.H, case.T, case.D, direction), "flop", ceilings.flops[dtype])
+    return Work(
+        attention_flops(case.B, case.H, case.T, case.D, direction, case.is_causal), "flop", ceilings.flops[dtype]
+    )
 
 
 def _self_check_row(case: Case, direction: Direction, plan: Plan, ceilings: Ceilings) -> Row:
@@ -134,10 +185,15 @@ def _timed_row(
         dtype=dtype,
         direction=direction,
         why=case.why,
-        seconds=interleaved(calls, plan.budget()),
+        seconds=interleaved(calls, plan.budget(), timer_of(case.device)),
         work=work_of(case, direction, dtype, ceilings),
     )
 
 
 def _evict() -> None:
     torch.empty(EVICTION_BYTES, dtype=torch.uint8).fill_(1)
+
+
+def _evict_device() -> None:
+    """Queued before a turn: it writes more than any GPU's cache holds, and keeps the GPU busy while the turn is queued."""
+    torch.empty(EVICTION_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
