@@ -1,6 +1,7 @@
 """`python -m trilby.bench`: checks and times trilby against PyTorch on this machine, and prints one table."""
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from trilby.kernels import keep_memory
 
 from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings
 from .one_line import QUICK_TRIAL, TRIAL, trial_steps, try_models
+from .rates import losses, rates_table, write_plots
 from .report import foot, heading, is_alarm, table, write_json
 from .results import Row, Run, Training
-from .suite import Plan, allocator_row, kernel_rows
+from .suite import Plan, allocator_row, kernel_rows, repeat_rows
 from .training import LESSON, QUICK_LESSON, train, training_steps
 
 # The table's rows are one line each at this width, and with one more contestant at the next; a terminal may be wider.
@@ -36,6 +38,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=_positive, help="threads to compute with, instead of PyTorch's choice")
     parser.add_argument("--cold", action="store_true", help="evict the caches before every call")
     parser.add_argument("--compiled", action="store_true", help="PyTorch under torch.compile as one more contestant")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw what was reached (needs matplotlib)")
     parser.add_argument("--json", type=Path, default="build/bench.json", help="where to write it all (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -47,36 +51,47 @@ def main(arguments: Sequence[str]) -> int:
 
         return static(arguments[1:])
     options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no GPU here; `python -m trilby.bench static` needs none")
+    if options.plots and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plots draws with matplotlib, which is not installed: pip install 'trilby[plots]'")
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = Plan(options.only, options.quick, options.cold, options.compiled)
+    plan = Plan(options.only, options.quick, options.cold, options.compiled, options.device)
     console = Console()
-    console.width = max(console.width, LEAST_WIDTH_COMPILED if plan.compiled else LEAST_WIDTH)
+    console.width = max(console.width, LEAST_WIDTH_COMPILED if plan.compiled or plan.device == "cuda" else LEAST_WIDTH)
     run = _run(plan, command_line(arguments), console)
-    console.print(table(run))
-    for line in foot(run):
+    console.print(table(run) if plan.device == "cpu" else rates_table(run))
+    for line in [*foot(run), *(losses(run) if plan.device == "cuda" else ())]:
         console.print(line, style="bold red" if is_alarm(line) else "", markup=False, highlight=False)
     write_json(run, options.json)
+    for path in write_plots(run, options.plots) if options.plots else ():
+        console.print(f"drawn: {path}", markup=False, highlight=False)
     console.print(f"{run.seconds:.0f} seconds; everything measured is in {options.json}", markup=False, highlight=False)
-    return 0 if all(row.is_exact for row in run.comparisons) else 1
+    return 0 if all(row.is_exact for row in run.comparisons) and not any(one.differing for one in run.repeats) else 1
 
 
 def _run(plan: Plan, command: str, console: Console) -> Run:
     """Measure what `plan` says, behind a progress bar."""
     started = time.perf_counter()
-    machine = describe_machine()
+    machine = describe_machine(plan.device)
     lesson = QUICK_LESSON if plan.quick else LESSON
     trains = plan.includes("gpt")
     trial = QUICK_TRIAL if plan.quick else TRIAL
     tries = plan.includes("models")
-    total = ceiling_steps(plan.quick) + plan.kernel_steps + training_steps(lesson) * trains + trial_steps(trial) * tries
+    total = (
+        ceiling_steps(plan.quick, plan.device)
+        + plan.kernel_steps
+        + training_steps(lesson) * trains
+        + trial_steps(trial) * tries
+    )
     with _progress() as progress:
         task = progress.add_task("ceilings", total=total)
 
         def advance() -> None:
             progress.advance(task)
 
-        ceilings = measure_ceilings(plan.quick, advance)
+        ceilings = measure_ceilings(plan.quick, advance, plan.device)
         for line in heading(machine, ceilings):
             console.print(line, markup=False, highlight=False)
         rows: list[Row] = []
@@ -87,6 +102,8 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
         for row in kernel_rows(plan, ceilings, advance):
             rows.append(row)
             progress.update(task, description=f"{row.operation} {row.shape}")
+        progress.update(task, description="the same again and again")
+        repeats = tuple(repeat_rows(plan, advance))
         trainings: tuple[Training, ...] = ()
         if trains:
             progress.update(task, description="GPT training")
@@ -96,7 +113,8 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="your model, one line")
             tried, others = try_models(trial, ceilings, advance)
             rows, trainings = rows + list(tried), trainings + others
-    return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), seconds, repeats)
 
 
 def _progress() -> Progress:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,20 +120,6 @@ class HostTimer:
 HOST = HostTimer()
 
 
-class Event(Protocol):
-    """A mark in a device's queue, as `torch.cuda.Event` is one."""
-
-    def record(self) -> None:
-        """Queue the mark."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has reached it."""
-
-    def elapsed_time(self, end: "Event") -> float:
-        """Milliseconds from this mark to `end`."""
-        ...
-
-
 @dataclass(frozen=True)
 class DeviceTimer:
     """The time that passes on a device between two marks in its queue.
@@ -141,9 +127,13 @@ class DeviceTimer:
     Nothing waits for the device before all turns are queued. While it works on what was queued before (the writing that
     empties its caches, an eighth of a millisecond), the processor queues the turn: its own time is hidden, as it is in
     a training that keeps the GPU busy, unless launching takes longer than the work.
+
+    Attributes:
+        event: Makes a mark: `torch.cuda.Event(enable_timing=True)`, or what has its `record`, `synchronize` and
+            `elapsed_time` (in milliseconds).
     """
 
-    event: Callable[[], Event]
+    event: Callable[[], Any]
 
     def time(self, run: Callable[[], object]) -> Callable[[], float]:
         """Queue the work between two marks; asking for the time waits for the second."""
@@ -154,7 +144,7 @@ class DeviceTimer:
 
         def seconds() -> float:
             end.synchronize()
-            return start.elapsed_time(end) / 1e3
+            return float(start.elapsed_time(end)) / 1e3
 
         return seconds
 
@@ -202,7 +192,7 @@ def differing_runs(call: Callable[[], Mapping[str, Tensor]], repeats: int) -> in
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 @contextmanager

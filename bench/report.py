@@ -75,8 +75,9 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in ceilings.flops.items())
     copies = ", ".join(f"{copy.rate / 1e9:.0f} GB/s of {copy.moved / 2**20:.0f} MiB" for copy in ceilings.copies)
     served = ", ".join(sorted(set(machine.services.values())))
+    gpu = f"{machine.gpu}, under " if machine.gpu else ""
     return [
-        f"{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
+        f"{gpu}{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
         f"{machine.memory_bytes / 2**30:.0f} GiB, {machine.system}; {versions}; "
         f"PyTorch runs {machine.capability}, trilby {served}",
         f"ceilings, the most that was reached here: multiply-adds {rates} (torch.mm; what float32 reaches, bfloat16 "
@@ -91,7 +92,8 @@ def foot(run: Run) -> list[str]:
         _score(run),
         *map(_curves, run.trainings),
         *_memory(run),
-        _allocation(),
+        *([] if run.machine.gpu else [_allocation()]),
+        *_repeats(run),
         *_self_check(run),
         *_alarms(run),
     ]
@@ -134,6 +136,13 @@ def _allocation() -> str:
     )
 
 
+def _repeats(run: Run) -> list[str]:
+    if not run.repeats:
+        return []
+    counted = ", ".join(f"{one.name}: {one.differing} of {one.repeats}" for one in run.repeats)
+    return [f"runs with other bits than the first, forward and backward: {counted}."]
+
+
 def _self_check(run: Run) -> list[str]:
     if not run.self_checks:
         return []
@@ -152,6 +161,9 @@ def _alarms(run: Run) -> list[str]:
     inexact = [cells(row)[0] for row in run.comparisons if not row.is_exact]
     if inexact:
         alarms.append(f"INEXACT: error above the rule in {'; '.join(inexact)}.")
+    unstable = [one.name for one in run.repeats if one.differing]
+    if unstable:
+        alarms.append(f"RACE: the bits change from run to run in {'; '.join(unstable)}.")
     if not all(training.agrees for training in run.trainings):
         alarms.append("LOSS CURVES DISAGREE: training with trilby is not the same training.")
     return alarms
@@ -173,6 +185,7 @@ def to_json(run: Run) -> dict[str, Any]:
         "ceilings": asdict(run.ceilings),
         "rows": [row_to_json(row) for row in run.rows],
         "trainings": [training_to_json(training) for training in run.trainings],
+        "repeats": [asdict(one) for one in run.repeats],
         "is_noisy": run.is_noisy,
         "foot": foot(run),
     }
@@ -192,7 +205,9 @@ def row_to_json(row: Row) -> dict[str, Any]:
         "is_exact": row.is_exact,
         "ratio": asdict(row.ratio),
         "seconds": {name: _seconds(values) for name, values in row.seconds.items()},
+        "rate": {name: asdict(row.rate(name)) for name in row.seconds},
         "share": {name: row.share(name) for name in row.seconds},
+        "absent": dict(row.absent),
         "work": asdict(row.work),
         "errors": [asdict(error) | {"within_rule": error.within_rule} for error in row.errors],
         "peak_bytes": dict(row.peak_bytes),

@@ -53,7 +53,7 @@ class Plan:
 
     def includes(self, group: str) -> bool:
         """Whether `group` is run."""
-        return self.only in (None, group) and (group != "gpt" or self.device == "cpu")
+        return self.only in (None, group) and (group in ("attention", "norm") or self.device == "cpu")
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -61,7 +61,8 @@ class Plan:
         on_cpu = self.device == "cpu"
         attention = ATTENTION_CASES if on_cpu else GPU_ATTENTION_CASES
         norm = NORM_CASES if on_cpu else GPU_NORM_CASES
-        cases = (*attention * self.includes("attention"), *norm * self.includes("norm"))
+        cases: tuple[Case, ...] = attention if self.includes("attention") else ()
+        cases += norm if self.includes("norm") else ()
         return tuple(case for case in cases if case.quick or not self.quick)
 
     @property
@@ -195,5 +196,5 @@ def _evict() -> None:
 
 
 def _evict_device() -> None:
-    """Queued before a turn: it writes more than any GPU's cache holds, and keeps the GPU busy while the turn is queued."""
+    """Queued before a turn, this writes more than any GPU's cache holds, and keeps the GPU busy meanwhile."""
     torch.empty(EVICTION_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
