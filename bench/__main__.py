@@ -28,6 +28,8 @@ from .training import LESSON, QUICK_LESSON, train, training_steps
 # The table's rows are one line each at this width, and with one more contestant at the next; a terminal may be wider.
 LEAST_WIDTH = 120
 LEAST_WIDTH_COMPILED = 148
+# What a run on a GPU may spend on launch choices: compiling each takes seconds, and all of it should take 8 minutes.
+ADVICE_SECONDS = 90
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch finds no GPU here; `python -m trilby.bench static` needs none")
     if options.plots and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("--plots draws with matplotlib, which is not installed: pip install 'trilby[plots]'")
+        sys.exit("--plots draws with matplotlib, which is not installed: pip install 'trilby[plot]'")
     if options.threads:
         torch.set_num_threads(options.threads)
     plan = Plan(options.only, options.quick, options.cold, options.compiled, options.device)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     console.width = max(console.width, LEAST_WIDTH_COMPILED if plan.compiled or plan.device == "cuda" else LEAST_WIDTH)
     run = _run(plan, command_line(arguments), console)
     console.print(table(run) if plan.device == "cpu" else rates_table(run))
-    for line in [*foot(run), *(losses(run) if plan.device == "cuda" else ())]:
+    for line in [*foot(run), *(losses(run) if plan.device == "cuda" else ()), *run.advice]:
         console.print(line, style="bold red" if is_alarm(line) else "", markup=False, highlight=False)
     write_json(run, options.json)
     for path in write_plots(run, options.plots) if options.plots else ():
@@ -113,8 +115,20 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="your model, one line")
             tried, others = try_models(trial, ceilings, advance)
             rows, trainings = rows + list(tried), trainings + others
+        advised = _advice() if plan.device == "cuda" and plan.includes("attention") and not plan.quick else ()
     seconds = time.perf_counter() - started
-    return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), seconds, repeats)
+    return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), seconds, repeats, advised)
+
+
+def _advice() -> tuple[str, ...]:
+    from trilby.kernels.gpu.targets import device_of  # triton is not everywhere
+    from trilby.kernels.gpu.tune import attention_choices, median_seconds, questions
+
+    from .advice import advice
+
+    device = device_of(torch.empty(0, device="cuda"), "the GPU")
+    asked = questions(device, ("forward", "key_value", "query"), attention_choices)
+    return tuple(advice(asked, median_seconds, torch.cuda.get_device_name(), ADVICE_SECONDS))
 
 
 def _progress() -> Progress:

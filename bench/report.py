@@ -186,6 +186,7 @@ def to_json(run: Run) -> dict[str, Any]:
         "rows": [row_to_json(row) for row in run.rows],
         "trainings": [training_to_json(training) for training in run.trainings],
         "repeats": [asdict(one) for one in run.repeats],
+        "advice": list(run.advice),
         "is_noisy": run.is_noisy,
         "foot": foot(run),
     }

@@ -191,6 +191,7 @@ class Run:
     settings: Mapping[str, object]
     seconds: float
     repeats: tuple[Repeat, ...] = ()
+    advice: tuple[str, ...] = ()
 
     @property
     def self_checks(self) -> tuple[Row, ...]:

@@ -24,7 +24,7 @@ from .table import HOW_TO_READ, attention_table, norm_table, verdicts, write_jso
 TARGETS_BY_DEFAULT = ("sm_80", "sm_90")
 HEAD_DIMS = (64, 128)
 WIDTHS = (1024, 4096)
-LEAST_WIDTH = 160
+LEAST_WIDTH = 184
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     found: list[Finding] = []
     for group, subjects, table in (
         ("attention", [one for D in HEAD_DIMS for one in attention_subjects(D, places)], attention_table),
-        ("norm", [one for N in WIDTHS for one in norm_subjects(N, places)], norm_table),
+        ("norm", [one for N in WIDTHS for one in norm_subjects(N)], norm_table),
     ):
         if options.only in (None, group):
             names = options.targets or TARGETS_BY_DEFAULT

@@ -97,7 +97,7 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
     """As if `target` were here, its tensors on the meta device; the list fills with what would have been launched.
 
     Each kernel is noted once, as often as it is launched with the same code; of candidates that differ only in how far
-    ahead they load (`num_stages`), which changes no loop, one is.
+    ahead they load (`num_stages`), which changes no loop, the one that needs the least memory is.
     """
     launches: list[Launch] = []
     launch, prune = JITFunction.run, Autotuner.prune_configs
@@ -116,7 +116,9 @@ def compiling_for(target: Target) -> Iterator[list[Launch]]:
         return compiled
 
     def unlike(self: Any, options: dict[str, Any]) -> list[Any]:
-        candidates = {(str(one.kwargs), one.num_warps): one for one in prune(self, options)}
+        candidates: dict[tuple[str, int], Any] = {}
+        for one in sorted(prune(self, options), key=lambda one: one.num_stages):
+            candidates.setdefault((str(one.kwargs), one.num_warps), one)
         return list(candidates.values())
 
     before = driver._active

@@ -147,10 +147,10 @@ def _finding(subject: Subject, target: Target, launches: list[Launch]) -> Findin
     return Finding(target.name, subject, tuple(best), len(launches), variants)
 
 
-def _rank(kernel: KernelFinding) -> tuple[bool, float, int]:
-    """Candidates that do not spill first, then the fewest instructions, then the most residents."""
+def _rank(kernel: KernelFinding) -> tuple[bool, bool, float, int]:
+    """Candidates that fit and do not spill first, then the fewest instructions, then the most residents."""
     beside = sum(loop.beside_tensor for loop in kernel.unmasked)
-    return kernel.launch.compilation.spills > 0, beside, -kernel.resident_warps
+    return kernel.resident_warps == 0, kernel.launch.compilation.spills > 0, beside, -kernel.resident_warps
 
 
 def products_of(kernel: str, loops: int) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def attention_subjects(head_dim: int, places: Places) -> list[Subject]:
     return found
 
 
-def norm_subjects(width: int, places: Places) -> list[Subject]:
+def norm_subjects(width: int) -> list[Subject]:
     """Layer norm, RMS norm and the residual add fused into them, forward and backward, in bfloat16."""
     found = []
     for operation, centered, adds in (
@@ -112,9 +112,6 @@ def norm_subjects(width: int, places: Places) -> list[Subject]:
         ]
         if _is_installed("liger_kernel"):
             runs += _liger(width, centered, adds)
-        if places.flash_attention is not None:
-            flash = partial(_flash_norm, places.flash_attention, width, centered, adds)
-            runs.append((FLASH_ATTENTION, flash, "_layer_norm_fwd_1pass_kernel", "_layer_norm_bwd_kernel"))
         for project, run, forward, backward in runs:
             # Its host code asks a tensor on the meta device for multiprocessors, and finds one.
             programs = (lambda rows, processors: processors) if project == LIGER else None
@@ -172,17 +169,6 @@ def _flash_attention(folder: Path, head_dim: int) -> None:
     query, key, value = (_meta(B, T, H, head_dim) for _ in range(3))
     output = module.flash_attn_func(query, key, value, None, True)
     output.backward(torch.empty_like(output))
-
-
-def _flash_norm(folder: Path, width: int, centered: bool, adds: bool, rows: int) -> None:
-    module = _of_package("flash_attn", folder, "flash_attn.ops.triton.layer_norm")
-    stream, weight = _meta(rows, width), _meta(width)
-    residual = _meta(rows, width) if adds else None
-    results = module.layer_norm_fn(
-        stream, weight, _meta(width) if centered else None, residual, prenorm=adds, is_rms_norm=not centered
-    )
-    outputs = results if adds else (results,)
-    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
 def _liger(width: int, centered: bool, adds: bool) -> list[Run]:

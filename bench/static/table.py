@@ -1,7 +1,7 @@
 """The static report as tables for people, and as JSON for programs."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ MEASURES: dict[str, Callable[[Finding], float | None]] = {
     "bytes moved": Finding.bytes_moved,
 }
 # Characters that a compiler's last words may take.
-FAILURE = 56
+FAILURE = 60
 PIPES_BESIDE = tuple(pipe for pipe in PIPES if pipe != TENSOR)
 HOW_TO_READ = (
     "per score: instructions of a thread for each score of query and key, in the loop that masks nothing, by pipe; "
@@ -33,30 +33,25 @@ HOW_TO_READ = (
 
 def attention_table(findings: Sequence[Finding]) -> Table:
     """A line for each kernel, and for each loop of one that has several unlike ones."""
-    table = _table(
-        "registers", "KiB", "warps", "fma", "alu", "special", "memory", "other", "beside", "bound", "in turns"
-    )
-    for finding, following in zip(findings, [*findings[1:], None]):
-        ends = following is None or (following.target, following.subject.operation) != _group(finding)
+    table = _table("registers", "KiB", "warps", *PIPES_BESIDE, "beside", "bound", "in turns")
+    for finding, is_first, is_last in _grouped(findings):
+        if is_first:
+            table.add_row(" ".join(_group(finding)), style="bold")
+        rows = [(kernel, loop) for kernel in finding.kernels for loop in kernel.unmasked]
+        for number, (kernel, loop) in enumerate(rows):
+            cells = (_name(finding, kernel), *_size(kernel), *_loop(loop))
+            table.add_row(*cells, style=_style(finding), end_section=is_last and number == len(rows) - 1)
         if finding.failure:
-            operation, project = _names(finding)
-            table.add_row(operation, f"{project}: {finding.failure}"[:FAILURE], style="dim", end_section=ends)
-        for kernel in finding.kernels:
-            for loop in kernel.unmasked:
-                is_last = ends and kernel is finding.kernels[-1] and loop is kernel.unmasked[-1]
-                row = (*_names(finding, kernel), *_size(kernel), *_loop(loop))
-                table.add_row(*row, style="" if finding.subject.project == OURS else "dim", end_section=is_last)
+            table.add_row(_name(finding), style="dim", end_section=is_last)
     return table
 
 
 def norm_table(findings: Sequence[Finding]) -> Table:
     """A line for each norm."""
     table = _table("registers", "KiB", "warps", "moved, MB", "each row, B", "each program, B", "programs", "kernels")
-    for finding, following in zip(findings, [*findings[1:], None]):
-        ends = following is None or (following.target, following.subject.operation) != _group(finding)
-        if finding.failure:
-            operation, project = _names(finding)
-            table.add_row(operation, f"{project}: {finding.failure}"[:FAILURE], style="dim", end_section=ends)
+    for finding, is_first, is_last in _grouped(findings):
+        if is_first:
+            table.add_row(" ".join(_group(finding)), style="bold")
         for kernel in finding.kernels:
             moved, traffic = finding.bytes_moved(), kernel.traffic
             cells = (
@@ -66,8 +61,10 @@ def norm_table(findings: Sequence[Finding]) -> Table:
                 f"{finding.programs(kernel)}",
                 f"{finding.variants}",
             )
-            style = "" if finding.subject.project == OURS else "dim"
-            table.add_row(*_names(finding, kernel), *_size(kernel), *cells, style=style, end_section=ends)
+            row = (_name(finding, kernel), *_size(kernel), *cells)
+            table.add_row(*row, style=_style(finding), end_section=is_last)
+        if finding.failure:
+            table.add_row(_name(finding), style="dim", end_section=is_last)
     return table
 
 
@@ -146,10 +143,9 @@ def _loop_to_json(loop: LoopFinding) -> dict[str, Any]:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("operation", no_wrap=True)
     table.add_column("kernel", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -157,13 +153,25 @@ def _group(finding: Finding) -> tuple[str, str]:
     return finding.target, finding.subject.operation
 
 
-def _names(finding: Finding, kernel: KernelFinding | None = None) -> tuple[str, str]:
-    tile = ""
-    if kernel is not None:
-        sizes = [str(value) for name, value in kernel.launch.constants.items() if name.startswith("BLOCK_")]
-        sizes = sizes[: 4 if "BLOCK_M1" in kernel.launch.constants else 2]
-        tile = f" {'x'.join(sizes)} {kernel.launch.warps} warps" if sizes else f" {kernel.launch.warps} warps"
-    return f"{finding.target} {finding.subject.operation}", finding.subject.project + tile
+def _grouped(findings: Sequence[Finding]) -> Iterator[tuple[Finding, bool, bool]]:
+    """Each finding, and whether it is the first and the last of its target and operation."""
+    before: tuple[str, str] | None = None
+    for finding, following in zip(findings, [*findings[1:], None]):
+        group = _group(finding)
+        yield finding, group != before, following is None or _group(following) != group
+        before = group
+
+
+def _style(finding: Finding) -> str:
+    return "" if finding.subject.project == OURS else "dim"
+
+
+def _name(finding: Finding, kernel: KernelFinding | None = None) -> str:
+    if kernel is None:
+        return f"  {finding.subject.project}: {finding.failure}"[:FAILURE]
+    sizes = [str(value) for name, value in kernel.launch.constants.items() if name.startswith("BLOCK_")]
+    tile = "x".join(sizes[: 4 if "BLOCK_M1" in kernel.launch.constants else 2])
+    return f"  {finding.subject.project} {tile} {kernel.launch.warps} warps"
 
 
 def _size(kernel: KernelFinding) -> tuple[str, str, str]:

@@ -1,7 +1,10 @@
-"""`python -m trilby.kernels.gpu matrix`: compile every kernel for every GPU, with no GPU at hand.
+"""`python -m trilby.kernels.gpu matrix | tune`: compile every kernel for every GPU, or measure on the one that is here.
 
-Prints what became of each launch (registers, spills, shared memory, matrix instructions, 16-byte accesses) and fails if
-one spills, exceeds its target's shared memory, or multiplies without matrix instructions.
+`matrix` needs no GPU. It prints what became of each launch (registers, spills, shared memory, matrix instructions and
+16-byte accesses) and fails if one spills, exceeds its target's shared memory or multiplies without matrix instructions.
+
+`tune` tries launch parameters other than the tables' own, and writes those that are clearly faster into a file, which
+holds wherever the environment variable TRILBY_LAUNCH_TABLE names it.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from triton import CompilationError
 
+from .attention_launch import TABLES
 from .compile import Compilation, compile_call
 from .ledger import Ledger, key_of
 from .matrix import Case, cases
-from .targets import TARGETS
+from .measured import VARIABLE, Measured, write
+from .targets import TARGETS, device_of
+from .tune import Measure, Question, answer, median_seconds, questions
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -33,6 +40,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default="build/compile-matrix.jsonl",
         help="where outcomes are kept, so that a repeated run compiles only what changed (%(default)s)",
     )
+    tune = commands.add_parser("tune", help="measure launch parameters on this GPU")
+    tune.add_argument("--output", type=Path, default="launch.json", help="the file that is written (%(default)s)")
+    tables = (*TABLES, "norm_forward", "norm_backward")
+    tune.add_argument("--only", nargs="+", choices=tables, default=(), help="tables, instead of all")
     return parser.parse_args(arguments)
 
 
@@ -66,9 +77,30 @@ def _compile(case: Case) -> Compilation | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
+def tune(asked: Sequence[Question], measure: Measure, device_name: str, output: Path) -> list[Measured]:
+    """Answer each question, say so, and write the answers after each: what an interrupted run found is kept."""
+    found: list[Measured] = []
+    for number, question in enumerate(asked, 1):
+        best = answer(question, measure, device_name)
+        table, _, arithmetic, size, _ = question.place
+        said = f"{best.numbers}: {best.reason}" if best else f"the table's own: {dict(question.own)}"
+        print(f"{number}/{len(asked)} {table} {arithmetic} {size}: {said}", flush=True)
+        found += [best] if best else []
+        write(output, device_name, found)
+    print(f"{len(found)} of {len(asked)} rows are better otherwise here. To launch so: export {VARIABLE}={output}")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 1 if anything failed."""
     options = parse(arguments)
+    if options.command == "tune":
+        if not torch.cuda.is_available():
+            sys.exit("tune measures on a GPU, and PyTorch finds none here; `matrix` needs none")
+        device = device_of(torch.empty(0, device="cuda"), "the GPU")
+        asked = list(questions(device, options.only))
+        tune(asked, median_seconds, torch.cuda.get_device_name(), options.output)
+        return 0
     return min(compile_matrix(options.targets, options.only, Ledger(options.ledger)), 1)
 
 

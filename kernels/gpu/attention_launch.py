@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .measured import Place, measured_numbers
 from .targets import Target
 
 
@@ -181,6 +182,15 @@ BACKWARD_QUERY = (
 BACKWARD_ROWS = RowTiles(32, 8)
 
 
+TABLES = {"forward": FORWARD, "key_value": BACKWARD_KEY_VALUE, "query": BACKWARD_QUERY}
+
+
+def place_of(table: tuple[Row, ...], target: Target, row: Row) -> Place:
+    """By what a row is known to `measured.py`."""
+    name = next(name for name, each in TABLES.items() if each is table)
+    return name, target.name, row.arithmetic, row.head_dim, row.q_len
+
+
 def attention_forward_tiles(
     target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int
 ) -> AttentionTiles:
@@ -206,5 +216,6 @@ def _first(table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: in
     for row in table:
         serves = target.name in row.targets and arithmetic == row.arithmetic
         if serves and head_dim <= row.head_dim and q_len <= row.q_len:
-            return row.tiles
+            numbers = measured_numbers(place_of(table, target, row))
+            return row.tiles if numbers is None else AttentionTiles(**numbers)
     raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .measured import measured_numbers
 from .targets import Device
 
 
@@ -50,15 +51,15 @@ BACKWARD_WARPS = 16
 def norm_forward_tiles(device: Device, width: int, drops: bool = False) -> NormTiles:
     """The launch parameters of the forward for rows of `width` elements; wider ones than block_n go in chunks."""
     table = tuple(row for row in NORM_FORWARD if row.drops or not drops)
-    return _norm_tiles(table, FORWARD_WARPS, device, width)
+    return _norm_tiles("norm_forward", table, FORWARD_WARPS, device, width)
 
 
 def norm_backward_tiles(device: Device, width: int) -> NormTiles:
     """The launch parameters of the backward for rows of `width` elements; wider ones than block_n go in chunks."""
-    return _norm_tiles(NORM_BACKWARD, BACKWARD_WARPS, device, width)
+    return _norm_tiles("norm_backward", NORM_BACKWARD, BACKWARD_WARPS, device, width)
 
 
-def _norm_tiles(table: tuple[NormRow, ...], warps: int, device: Device, width: int) -> NormTiles:
+def _norm_tiles(name: str, table: tuple[NormRow, ...], warps: int, device: Device, width: int) -> NormTiles:
     for row in table:
         if width <= row.width:
             # Random words come in groups of 64 columns.
@@ -66,4 +67,6 @@ def _norm_tiles(table: tuple[NormRow, ...], warps: int, device: Device, width: i
             break
     else:
         row, block_n = WIDE, WIDE.width
-    return NormTiles(block_n, row.num_warps, device.processors * (warps // row.num_warps))
+    numbers = None if row is WIDE else measured_numbers((name, device.target.name, "", row.width, 0))
+    num_warps = row.num_warps if numbers is None else numbers["num_warps"]
+    return NormTiles(block_n, num_warps, device.processors * max(warps // num_warps, 1))

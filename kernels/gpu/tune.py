@@ -1,0 +1,163 @@
+"""Measure launch parameters on the GPU that is here, and write those that beat the tables' own into a file.
+
+Each row of the tables that serves this GPU is one question; its candidates are tried in the very calls that users make.
+The answer must be clearly faster than the row, else the row stays: a run of it again would otherwise choose anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from triton import CompilationError
+from triton.runtime.errors import TritonError
+
+from .attention import attention, attention_backward
+from .attention_launch import TABLES, Row, place_of
+from .measured import Measured, Place, trying
+from .norm import norm, norm_backward
+from .norm_launch import NORM_BACKWARD, NORM_FORWARD
+from .targets import Device
+
+# How much faster an answer must be than the table's row: less is noise on most GPUs.
+LEAST_GAIN = 1.03
+# Enough work to fill any GPU for a tenth of a millisecond.
+TOKENS, ROWS, HEADS_WIDTH, LONGEST = 16384, 8192, 2048, 4096
+
+Numbers = Mapping[str, int]
+Measure = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which launch parameters are best in place of one row of a table.
+
+    Attributes:
+        place: The row, as `measured.py` knows it.
+        own: Its launch parameters.
+        candidates: Others.
+        run: Makes the tensors, and returns the call that is measured.
+    """
+
+    place: Place
+    own: Numbers
+    candidates: tuple[Numbers, ...]
+    run: Callable[[], Callable[[], object]]
+
+    def trial(self, numbers: Numbers, reason: str = "") -> Measured:
+        """`numbers` in the row's place."""
+        table, target, arithmetic, size, q_len = self.place
+        return Measured(table, target, arithmetic, size, q_len, numbers, reason)
+
+
+def questions(
+    device: Device,
+    only: Sequence[str] = (),
+    candidates: Callable[[Row], tuple[Numbers, ...]] | None = None,
+    torch_device: str = "cuda",
+) -> Iterator[Question]:
+    """One for each row that serves `device`, of the tables named in `only`, or of all; TF32's rows stay as they are."""
+    for name, table in TABLES.items():
+        for row in table:
+            if device.target.name in row.targets and row.arithmetic != "tf32" and (not only or name in only):
+                yield Question(
+                    place_of(table, device.target, row),
+                    asdict(row.tiles),
+                    (candidates or attention_candidates)(row),
+                    partial(_attention_call, name, row, torch_device),
+                )
+    for name, norms in (("norm_forward", NORM_FORWARD), ("norm_backward", NORM_BACKWARD)):
+        for norm_row in norms:
+            if not only or name in only:
+                yield Question(
+                    (name, device.target.name, "", norm_row.width, 0),
+                    {"num_warps": norm_row.num_warps},
+                    tuple({"num_warps": warps} for warps in (1, 2, 4, 8, 16) if warps != norm_row.num_warps),
+                    partial(_norm_call, name, norm_row.width, torch_device),
+                )
+
+
+def attention_choices(row: Row) -> tuple[Numbers, ...]:
+    """The row's tiles with loads further or less far ahead, and with each switch turned: what never spills anew."""
+    own = asdict(row.tiles)
+    stages = tuple({**own, "num_stages": stages} for stages in (1, 2, 3, 4) if stages != own["num_stages"])
+    return stages + tuple({**own, name: not value} for name, value in own.items() if isinstance(value, bool))
+
+
+def attention_candidates(row: Row) -> tuple[Numbers, ...]:
+    """Tiles from half to twice the row's, with 4 or 8 warps and up to 3 stages; a few dozen at most."""
+    own = asdict(row.tiles)
+    found = []
+    for rows, keys, warps, stages in itertools.product(
+        _around(row.tiles.block_m), _around(row.tiles.block_n), (4, 8), (1, 2, 3)
+    ):
+        numbers = {"block_m": rows, "block_n": keys, "num_warps": warps, "num_stages": stages}
+        if numbers != own and rows * keys >= 16 * 16 * warps // 4:
+            found.append(numbers)
+    return tuple(found)
+
+
+def answer(question: Question, measure: Measure, device_name: str) -> Measured | None:
+    """The best of the candidates, if it is clearly faster than the row; a candidate that cannot run is none."""
+    call = question.run()
+    with trying(question.trial(question.own)):
+        own = measure(call)
+    times = [(_seconds(question.trial(numbers), call, measure), numbers) for numbers in question.candidates]
+    seconds, best = min(times, key=lambda pair: pair[0], default=(math.inf, question.own))
+    if own < LEAST_GAIN * seconds:
+        return None
+    return question.trial(best, f"{own / seconds:.2f} times as fast as {_words(question.own)} on {device_name}")
+
+
+def _seconds(trial: Measured, call: Callable[[], object], measure: Measure) -> float:
+    try:
+        with trying(trial):
+            return measure(call)
+    except (TritonError, CompilationError, RuntimeError):
+        return math.inf
+
+
+def median_seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call on the GPU, its caches emptied before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=20, rep=60, return_mode="median")) / 1e3
+
+
+def _around(size: int) -> tuple[int, ...]:
+    return tuple(each for each in (size // 2, size, size * 2) if 16 <= each <= 256)
+
+
+def _words(numbers: Numbers) -> str:
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def _attention_call(table: str, row: Row, torch_device: str) -> Callable[[], object]:
+    T = min(row.q_len, LONGEST)
+    H = max(HEADS_WIDTH // row.head_dim, 1)
+    dtype = torch.bfloat16 if row.arithmetic == "half" else torch.float32
+    query, key, value, grad_output = (_heads(max(TOKENS // LONGEST, 1), H, n, row.head_dim, dtype, torch_device)
+                                      for n in (T, LONGEST, LONGEST, T))  # fmt: skip
+    scale = 1 / math.sqrt(row.head_dim)
+    output, logsumexp = attention(query, key, value, True, scale)
+    if table == "forward":
+        return lambda: attention(query, key, value, True, scale)
+    return lambda: attention_backward(grad_output, query, key, value, output, logsumexp, True, scale)
+
+
+def _heads(B: int, H: int, T: int, D: int, dtype: torch.dtype, torch_device: str) -> Tensor:
+    return torch.randn(B, T, H, D, device=torch_device).to(dtype).transpose(1, 2)
+
+
+def _norm_call(table: str, width: int, torch_device: str) -> Callable[[], object]:
+    rows = torch.randn(ROWS, width, device=torch_device).to(torch.bfloat16)
+    weight, bias = torch.ones(width, device=torch_device), torch.zeros(width, device=torch_device)
+    if table == "norm_forward":
+        return lambda: norm(rows, weight, bias, 1, True, 1e-5)
+    _, mean, rstd = norm(rows, weight, bias, 1, True, 1e-5)
+    return lambda: norm_backward(rows, None, rows, mean, rstd, weight, bias, None, 1, True, 0.0)
