@@ -19,7 +19,7 @@ from .call import Call
 from .compile import Compilation
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
 from .norm_forward import Dropout, NormResults, norm_forward_call
-from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
+from .norm_launch import NORM_BACKWARD, NORM_FORWARD, NormRow, norm_backward_tiles, norm_forward_tiles
 from .targets import Device, Target
 
 # B, H, T of the calls that are compiled: no size but the head dimension and the width changes the code.
@@ -147,7 +147,8 @@ def norm_cases(target: Target) -> Iterator[Case]:
                     inputs.summed, inputs.summed, (inputs.weight, inputs.weight), drop, 1e-5, results, tiles
                 )
                 dropped = " dropout" if drop.seed is not None else ""
-                yield Case(f"norm forward {_name(dtype)} N {width}{dropped}", target, call)
+                may_spill = _may_spill(row, target, dtype) and drop.seed is None
+                yield Case(f"norm forward {_name(dtype)} N {width}{dropped}", target, call, may_spill=may_spill)
         for row in (*NORM_BACKWARD, None):
             width = 65536 if row is None else row.width
             tiles = norm_backward_tiles(device, width)
@@ -155,9 +156,14 @@ def norm_cases(target: Target) -> Iterator[Case]:
             parts = _meta(PROCESSORS, width, dtype=torch.float32)
             gradients = NormGradients(results.normalized, results.normalized, parts, parts)
             for number, call in enumerate(norm_backward_calls(inputs, gradients, dropout, tiles)):
-                yield Case(f"norm backward {_name(dtype)} N {width} ({number})", target, call)
+                name = f"norm backward {_name(dtype)} N {width} ({number})"
+                yield Case(name, target, call, may_spill=_may_spill(row, target, dtype))
         parts, total = _meta(PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
         yield Case(f"column sum {_name(dtype)}", target, column_sum_call(parts, total))
+
+
+def _may_spill(row: NormRow | None, target: Target, dtype: torch.dtype) -> bool:
+    return row is not None and target.name in row.spills and dtype == torch.float32
 
 
 def _norm_tensors(width: int, dtype: torch.dtype) -> tuple[NormInputs, NormResults, Dropout]:

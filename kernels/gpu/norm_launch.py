@@ -19,12 +19,21 @@ class NormTiles:
 
 @dataclass(frozen=True)
 class NormRow:
-    """One row of a norm table: rows of up to `width` elements, in programs of `num_warps` warps, and why."""
+    """One row of a norm table: rows of up to `width` elements, in programs of `num_warps` warps, and why.
+
+    Attributes:
+        width: The widest it serves.
+        num_warps: The launch parameter.
+        reason: Why so many.
+        drops: It serves dropout too.
+        spills: Targets where float32 runs out of registers, by a few: reading the row twice would cost more.
+    """
 
     width: int
     num_warps: int
     reason: str
-    drops: bool = True  # serves dropout too
+    drops: bool = True
+    spills: tuple[str, ...] = ()
 
 
 NORM_FORWARD = (
@@ -32,13 +41,24 @@ NORM_FORWARD = (
     NormRow(1024, 2, "16 elements a thread; more programs in flight hide more of the memory's latency than wider ones"),
     NormRow(2048, 4, "16 elements a thread"),
     NormRow(8192, 8, "up to 32 elements a thread, with weight and bias 96 registers"),
-    NormRow(16384, 16, "32 elements a thread, all of their 128 registers; with dropout they spill", drops=False),
+    NormRow(
+        16384,
+        16,
+        "32 elements a thread, all of their 128 registers; with dropout they spill, on sm_120 8 bytes without",
+        drops=False,
+        spills=("sm_120",),
+    ),
 )
 NORM_BACKWARD = (
     NormRow(256, 1, "8 elements a thread, each with 5 float32 values that live through the loop"),
     NormRow(1024, 4, "8 elements a thread"),
     NormRow(2048, 8, "8 elements a thread"),
-    NormRow(8192, 16, "up to 16 elements a thread: 80 of the 128 registers that 512 threads may have"),
+    NormRow(
+        8192,
+        16,
+        "up to 16 elements a thread: 80 of the 128 registers that 512 threads may have; on sm_100 8 bytes spill",
+        spills=("sm_100",),
+    ),
 )
 # A chunk of a row that is wider than its table goes. Of 4096 columns LLVM unrolls the 16 that 65,536 take, and spills.
 WIDE = NormRow(2048, 4, "16 elements a thread; with 8, in 8 warps, 2 registers spill on sm_100")
