@@ -17,10 +17,9 @@ from torch import Tensor
 from triton import CompilationError
 from triton.runtime.errors import TritonError
 
-from .attention import attention, attention_backward
+from ..options import AttentionOptions
 from .attention_launch import TABLES, Row, place_of
 from .measured import Measured, Place, trying
-from .norm import norm, norm_backward
 from .norm_launch import NORM_BACKWARD, NORM_FORWARD
 from .targets import Device
 
@@ -139,15 +138,16 @@ def _words(numbers: Numbers) -> str:
 
 def _attention_call(table: str, row: Row, torch_device: str) -> Callable[[], object]:
     T = min(row.q_len, LONGEST)
-    H = max(HEADS_WIDTH // row.head_dim, 1)
+    B, H = TOKENS // LONGEST, max(HEADS_WIDTH // row.head_dim, 1)
     dtype = torch.bfloat16 if row.arithmetic == "half" else torch.float32
-    query, key, value, grad_output = (_heads(max(TOKENS // LONGEST, 1), H, n, row.head_dim, dtype, torch_device)
-                                      for n in (T, LONGEST, LONGEST, T))  # fmt: skip
-    scale = 1 / math.sqrt(row.head_dim)
-    output, logsumexp = attention(query, key, value, True, scale)
+    query, grad_output = (_heads(B, H, T, row.head_dim, dtype, torch_device) for _ in range(2))
+    key, value = (_heads(B, H, LONGEST, row.head_dim, dtype, torch_device) for _ in range(2))
+    options = AttentionOptions.plain(True, 1 / math.sqrt(row.head_dim))
+    forward, backward = torch.ops.trilby.attention, torch.ops.trilby.attention_backward
     if table == "forward":
-        return lambda: attention(query, key, value, True, scale)
-    return lambda: attention_backward(grad_output, query, key, value, output, logsumexp, True, scale)
+        return lambda: forward(query, key, value, *options)
+    output, logsumexp = forward(query, key, value, *options)
+    return lambda: backward(grad_output, query, key, value, output, logsumexp, *options)
 
 
 def _heads(B: int, H: int, T: int, D: int, dtype: torch.dtype, torch_device: str) -> Tensor:
@@ -157,7 +157,8 @@ def _heads(B: int, H: int, T: int, D: int, dtype: torch.dtype, torch_device: str
 def _norm_call(table: str, width: int, torch_device: str) -> Callable[[], object]:
     rows = torch.randn(ROWS, width, device=torch_device).to(torch.bfloat16)
     weight, bias = torch.ones(width, device=torch_device), torch.zeros(width, device=torch_device)
+    forward, backward = torch.ops.trilby.norm, torch.ops.trilby.norm_backward
     if table == "norm_forward":
-        return lambda: norm(rows, weight, bias, 1, True, 1e-5)
-    _, mean, rstd = norm(rows, weight, bias, 1, True, 1e-5)
-    return lambda: norm_backward(rows, None, rows, mean, rstd, weight, bias, None, 1, True, 0.0)
+        return lambda: forward(rows, weight, bias, 1, True, 1e-5)
+    _, mean, rstd = forward(rows, weight, bias, 1, True, 1e-5)
+    return lambda: backward(rows, None, rows, mean, rstd, weight, bias, None, 1, True, 0.0)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from trilby.kernels.gpu import __main__ as command
 from trilby.kernels.gpu import measured, tune
 from trilby.kernels.gpu.attention_launch import FORWARD, TABLES, attention_forward_tiles, place_of
@@ -168,28 +169,28 @@ def test_without_a_gpu_the_command_says_so():
         command.main(["tune"])
 
 
-def test_the_calls_that_are_measured_are_the_public_ones(monkeypatch):
-    """On the meta device nothing runs; what is asked of the public functions is what counts."""
-    asked = []
+class Recorder(TorchDispatchMode):
+    """Notes trilby's operators and the shape of their first argument."""
 
-    def attention(query, *rest, **options):
-        asked.append(("attention", tuple(query.shape)))
-        return query, query.new_empty(query.shape[:3], dtype=torch.float32)
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
-    monkeypatch.setattr(tune, "attention", attention)
-    monkeypatch.setattr(tune, "attention_backward", lambda *rest: asked.append(("backward", tuple(rest[1].shape))))
-    monkeypatch.setattr(
-        tune, "norm", lambda rows, *rest: asked.append(("norm", tuple(rows.shape))) or (rows, rows, rows)
-    )
-    monkeypatch.setattr(tune, "norm_backward", lambda *rest: asked.append(("norm backward", tuple(rest[0].shape))))
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "trilby":
+            self.calls.append((function.__name__.partition(".")[0], tuple(arguments[0].shape)))
+        return function(*arguments, **(options or {}))
+
+
+def test_what_is_measured_is_the_operator_that_the_table_is_about():
+    operators = {"forward": "attention", "norm_forward": "norm", "norm_backward": "norm_backward"}
     for question in questions(HOPPER, torch_device="meta"):
-        asked.clear()
-        question.run()()
         table, _, _, size, q_len = question.place
-        name, shape = asked[-1]
-        assert name == {"forward": "attention", "norm_forward": "norm", "norm_backward": "norm backward"}.get(
-            table, "backward"
-        )
+        call = question.run()
+        with Recorder() as recorder:
+            call()
+        ((name, shape),) = recorder.calls
+        assert name == operators.get(table, "attention_backward")
         assert shape[-1] == size
         if table == "forward":
             assert shape[2] == min(q_len, tune.LONGEST)
