@@ -17,6 +17,7 @@ except ImportError:
     sys.exit("trilby.bench prints its table with rich, which is not installed: pip install 'trilby[bench]'")
 from trilby.kernels import keep_memory
 
+from .generation import DESK, QUICK_DESK, generation_rows
 from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings
 from .one_line import QUICK_TRIAL, TRIAL, trial_steps, try_models
 from .rates import losses, rates_table, write_plots
@@ -79,12 +80,13 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
     machine = describe_machine(plan.device)
     lesson = QUICK_LESSON if plan.quick else LESSON
     trains = plan.includes("gpt")
+    desk = QUICK_DESK if plan.quick else DESK
     trial = QUICK_TRIAL if plan.quick else TRIAL
     tries = plan.includes("models")
     total = (
         ceiling_steps(plan.quick, plan.device)
         + plan.kernel_steps
-        + training_steps(lesson) * trains
+        + (training_steps(lesson) + len(desk.requests)) * trains
         + trial_steps(trial) * tries
     )
     with _progress() as progress:
@@ -111,6 +113,8 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="GPT training")
             trained, trainings = train(lesson, ceilings, advance)
             rows += trained
+            progress.update(task, description="GPT generation")
+            rows += generation_rows(desk, ceilings, advance)
         if tries:
             progress.update(task, description="your model, one line")
             tried, others = try_models(trial, ceilings, advance)

@@ -7,6 +7,7 @@ from .data import Split, Text, default_text, read_text, split
 from .generate import generate, generate_texts, stream, stream_text
 from .layers import PYTORCH, TRILBY, Layers
 from .model import GPT
+from .pretrained import load_pretrained, save_pretrained
 from .sampling import GREEDY, Sampling
 from .tokenizers import (
     BytePairTokenizer,
@@ -18,6 +19,7 @@ from .tokenizers import (
     encode_documents,
 )
 from .train import Result, Step, Training, evaluate, train
+from .weights import hold
 
 __all__ = [
     "GPT",
@@ -48,9 +50,12 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_texts",
+    "hold",
+    "load_pretrained",
     "parameter_count",
     "read_text",
     "save_checkpoint",
+    "save_pretrained",
     "split",
     "stream",
     "stream_text",

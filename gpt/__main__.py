@@ -27,6 +27,7 @@ from .settings import Settings, make_settings
 from .sizes import lines_of, presets_table
 from .tokenizers import NAMES, Tokenizer, decode
 from .train import Step, check_device
+from .weights import Weights, hold
 
 RUN = Path("run")
 # The tokenizer decides vocab_size; the command line has everything else that a configuration has.
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=1337, metavar="N", help="default: %(default)s")
     slide = "tokens by which a full context moves: 1 reads all it can, more is faster; default: %(default)s"
     generate.add_argument("--slide", type=int, default=1, metavar="N", help=slide)
+    weights = "how weights are held: fewer bytes are read sooner, and are less exact; default: %(default)s"
+    generate.add_argument("--weights", choices=get_args(Weights), default="float32", help=weights)
     cache = "keep keys and values: the same tokens as without, and sooner; default: yes"
     generate.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help=cache)
 
@@ -171,6 +174,7 @@ def generate_command(options: argparse.Namespace) -> None:
         raise ValueError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 0")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     model, tokenizer = _load_model(options)
+    model = hold(model, options.weights)
     prompts = options.prompt or ["\n"]
     device = next(model.parameters()).device
     texts = [encode_prompt(tokenizer, prompt)[0].to(device) for prompt in prompts]

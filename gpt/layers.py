@@ -35,6 +35,11 @@ def _decoding_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: 
     return output
 
 
+def _linear(input: Tensor, weight: Tensor | kernels.QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    dense = weight.dequantized(input.dtype) if isinstance(weight, kernels.QuantizedWeight) else weight
+    return F.linear(input, dense, bias)
+
+
 def sequence_of(places: Tensor, starts: Tensor) -> Tensor:
     """The number of the sequence that each of `places` is in, given where they begin, `starts` (N + 1)."""
     return torch.searchsorted(starts, places.to(starts.dtype), right=True) - 1
@@ -71,7 +76,7 @@ class Layers:
     - `layer_norm(input, normalized_shape, weight, bias, eps)`: `F.layer_norm`.
     - `add_layer_norm(stream, branch, normalized_shape, weight, bias, eps, dropout_p)` returns
       `(normalized, summed)`, where `summed = stream + dropout(branch)` and `normalized = layer_norm(summed)`.
-    - `linear(input, weight, bias)`: `F.linear`.
+    - `linear(input, weight, bias)`: `F.linear`; `weight` may be a `kernels.QuantizedWeight`.
     - `cached_attention(query, key, value, key_lengths)`: the last T of S tokens, (B, H, T, D), look at themselves and
       at what came before, (B, H, S, D). With `key_lengths`, (B), only so many keys of each sequence exist, and the
       queries are the last T of those. T = 2, S = 5; in a sequence of 5 and one of 4 (1 = seen)::
@@ -95,7 +100,7 @@ class Layers:
     attention: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
-    linear: Callable[..., Tensor] = F.linear
+    linear: Callable[..., Tensor] = _linear
     cached_attention: Callable[..., Tensor] = _cached_attention
     packed_attention: Callable[..., Tensor] = _packed_attention
     linear_cross_entropy: Callable[..., Tensor] = _cross_entropy_of_all_logits
@@ -120,6 +125,7 @@ TRILBY = Layers(
     attention=kernels.scaled_dot_product_attention,
     layer_norm=kernels.layer_norm,
     add_layer_norm=kernels.add_layer_norm,
+    linear=kernels.linear,
     cached_attention=_decoding_attention,
     packed_attention=_varlen_attention,
     linear_cross_entropy=linear_cross_entropy,

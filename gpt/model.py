@@ -50,8 +50,8 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         B, T, C = input.shape
         heads = self.c_attn(input).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind()  # (B, H, T, D) each, views of one product
         dropout_p = self.dropout if self.training else 0.0
+        query, key, value = heads.unbind()  # (B, H, T, D) each, views of one product
         if past is not None:
             output = self.layers.cached_attention(query, *past.extend(heads[1:]))
         elif starts is not None:
