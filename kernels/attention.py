@@ -46,6 +46,13 @@ def reasons_for_pytorch(
     return reasons_of_context() + _remembered_reasons(*arguments)
 
 
+def reasons_for_kernel(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool = False) -> tuple[str, ...]:
+    """Every reason why no kernel of trilby's can compute a call of `scaled_dot_product_attention`, of whatever size."""
+    dtypes, devices = (query.dtype, key.dtype, value.dtype), (query.device, key.device, value.device)
+    arguments = (query.shape, key.shape, value.shape, dtypes, devices, enable_gqa)
+    return reasons_of_context() + tuple(_reasons_for_kernel(*arguments))
+
+
 def _reasons(
     query: torch.Size,
     key: torch.Size,
@@ -60,6 +67,19 @@ def _reasons(
         yield "attn_mask is given"
     if dropout_p != 0.0:
         yield f"dropout_p is {dropout_p}"
+    yield from _reasons_for_kernel(query, key, value, dtypes, devices, enable_gqa)
+    if devices[0].type == "cpu" and len(query) == len(value) == 4:
+        yield from _reasons_on_cpu(query[2], query.numel() * value[2])
+
+
+def _reasons_for_kernel(
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    enable_gqa: bool,
+) -> Iterator[str]:
     if dtypes[0] not in KERNEL_DTYPES or not dtypes[0] == dtypes[1] == dtypes[2]:
         yield f"dtypes are {', '.join(map(str, dtypes))}, not all one of float32, bfloat16, float16"
     if not devices[0] == devices[1] == devices[2]:
@@ -78,8 +98,6 @@ def _reasons(
         yield f"the head dimension is {max(D, Dv)}, above {LARGEST_HEAD_DIM}"
     if min(B, H, T, S, D, Dv) == 0:
         yield "a size is zero"
-    if devices[0].type == "cpu":
-        yield from _reasons_on_cpu(T, B * H * T * S * D)
 
 
 def _reasons_on_cpu(T: int, multiplications: int) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """In the place of what PyTorch composes of several operators: attention that is no flash attention's, RMS norms."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,9 @@ from activation import DTYPES, LAYOUTS, assert_exact, heads_inside, with_gradien
 from tolerance import assert_as_exact_as
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from trilby.kernels import activate, activated, explain, reference
+from trilby.kernels import activate, activated, attend, explain, reference
 from trilby.kernels.ops import NATIVE
 from trilby.kernels.options import AttentionOptions
 
@@ -74,6 +77,73 @@ def composed_attention(inputs: tuple[Tensor, ...]) -> Tensor:
 def covered(requires_grad: bool = False) -> tuple[Tensor, ...]:
     shapes = ((2, 4, 100, 32), (2, 4, 100, 32), (2, 4, 100, 48))
     return tuple(torch.randn(shape, requires_grad=requires_grad) for shape in shapes)
+
+
+DROPPING = {
+    "causal": {"is_causal": True},
+    "a mask": {"attn_mask": torch.ones(100, 100).tril(3) > 0},
+    "a scale": {"scale": 0.3},
+    "grouped heads": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("options", DROPPING.values(), ids=DROPPING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_that_of_attend_bit_by_bit(options, dtype):
+    heads = 2 if "enable_gqa" in options else 4
+    for_attend = {name: value for name, value in options.items() if name != "enable_gqa"}
+    if "attn_mask" in options:  # PyTorch's function makes it one to be added
+        hidden = torch.zeros(100, 100, dtype=dtype).masked_fill(~options["attn_mask"], -torch.inf)
+        for_attend["attn_mask"] = hidden
+    inputs = heads_inside(2, 4, 100, 32, dtype), *(heads_inside(2, heads, 100, 32, dtype) for _ in range(2))
+
+    def dropped(function: Callable[..., Tensor], options: dict[str, object]) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return with_gradients(lambda *inputs: function(*inputs, dropout_p=0.3, **options), *inputs)
+
+    expected = dropped(attend, for_attend)
+    with activated():
+        found = dropped(F.scaled_dot_product_attention, options)
+        assert all(e.is_trilbys for e in explain(dropped, F.scaled_dot_product_attention, options))
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_drops_the_same_again(use_reentrant):
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.2, batch_first=True)
+    x = torch.randn(2, 70, 64)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return with_gradients(run, x)
+
+    with activated():
+        assert all(e.is_trilbys for e in explain(layer, x))
+        expected = gradients(layer)
+        found = gradients(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant))
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_that_is_asked_for():
+    q = torch.randn(1, 2, 64, 32)
+    ones = torch.ones(1, 2, 64, 32)
+    with activated():
+        means = torch.stack([F.scaled_dot_product_attention(q, q, ones, dropout_p=0.5) for _ in range(200)]).mean()
+        assert not torch.equal(*(F.scaled_dot_product_attention(q, q, ones, dropout_p=0.5) for _ in range(2)))
+        everything = F.scaled_dot_product_attention(q, q, ones, dropout_p=1.0)
+    assert abs(means - 1) < 0.02  # 25 600 rows of 64 weights: six standard deviations
+    assert not everything.any()
+
+
+def test_a_mask_that_learns_is_pytorchs_to_compute():
+    inputs, mask = covered(), torch.zeros(100, 100, requires_grad=True)
+    with activated():
+        (found,) = explain(F.scaled_dot_product_attention, *inputs, attn_mask=mask)
+        F.scaled_dot_product_attention(*inputs, attn_mask=mask, dropout_p=0.1).sum().backward()
+    assert "attn_mask requires a gradient" in found.reasons
+    assert mask.grad.any()
 
 
 def test_a_user_who_rules_out_flash_attention_gets_none():
