@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -34,7 +35,7 @@ using Optional = std::optional<Tensor>;
 
 // Which calls of attention are worth taking; kernels/attention.py says why.
 struct Limits {
-  int64_t fewest_queries, fewest_multiplications, largest_head_dim;
+  int64_t fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim;
 } limits;
 
 // What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
@@ -54,10 +55,50 @@ bool has_kernel_dtype(const Tensor& tensor) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+// PyTorch's autograd gives an optional tensor that is absent as one that is undefined.
+Optional defined(const Optional& tensor) { return tensor && tensor->defined() ? tensor : std::nullopt; }
+
 // ---- attention -----------------------------------------------------------------------------------------------------
 
+// Whether `mask` spreads over [B, H, T, S].
+bool spreads(const Tensor& mask, int64_t B, int64_t H, int64_t T, int64_t S) {
+  const int64_t to[4] = {B, H, T, S};
+  const auto sizes = mask.sizes();
+  const int64_t absent = 4 - mask.dim();
+  for (int64_t d = absent; d < 4; d++) {
+    if (sizes[d - absent] != 1 && sizes[d - absent] != to[d]) return false;
+  }
+  return true;
+}
+
+// `mask` as [B, H, T, S], stride 0 where it is spread.
+trilby::View spread_view(const Tensor& mask) {
+  const auto sizes = mask.sizes(), strides = mask.strides();
+  int64_t spread[4] = {};
+  const int64_t absent = 4 - mask.dim();
+  for (int64_t d = absent; d < 4; d++) spread[d] = sizes[d - absent] == 1 ? 0 : strides[d - absent];
+  return {const_cast<void*>(mask.const_data_ptr()), spread[0], spread[1], spread[2], spread[3]};
+}
+
+trilby::Mask mask_kind(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::BFloat16: return trilby::Mask::bfloat16;
+    case ScalarType::Half: return trilby::Mask::float16;
+    default: return trilby::Mask::float32;
+  }
+}
+
+// Of a call whose sizes are known to agree.
+bool is_trilbys_mask(const Tensor& mask, const Tensor& query, const Tensor& key, int64_t multiplications) {
+  const auto q = query.sizes();
+  const bool is_float32 = query.scalar_type() == ScalarType::Float;
+  const bool has_dtype = mask.scalar_type() == query.scalar_type() || mask.scalar_type() == ScalarType::Float;
+  return has_dtype && (mask.dim() == 2 || mask.dim() == 4) && spreads(mask, q[0], q[1], q[2], key.sizes()[2]) &&
+         (!is_float32 || multiplications >= limits.fewest_masked_multiplications);
+}
+
 bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask) {
-  if (mask || dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
+  if (dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
   const int64_t B = q[0], H = q[1], T = q[2], D = q[3], S = k[2];
   if (T < limits.fewest_queries || B * H * T * S * D < limits.fewest_multiplications) return false;
@@ -66,7 +107,7 @@ bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, dou
     if (v[d] != k[d]) return false;
   }
   return has_kernel_dtype(query) && key.scalar_type() == query.scalar_type() &&
-         value.scalar_type() == query.scalar_type();
+         value.scalar_type() == query.scalar_type() && (!mask || is_trilbys_mask(*mask, query, key, B * H * T * S * D));
 }
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key) {
@@ -74,10 +115,15 @@ trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key) {
   return {q[0], q[1], k[1], q[2], k[2], q[3], q[3], trilby::dtype_of(query, "query")};
 }
 
-trilby::AttentionRule attention_rule(const Tensor& query, bool is_causal, std::optional<double> scale) {
+trilby::AttentionRule attention_rule(const Tensor& query, bool is_causal, const Optional& mask,
+                                     std::optional<double> scale) {
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(query.sizes()[3])));
   trilby::AttentionRule rule = {static_cast<float>(factor)};
   if (is_causal) rule.window_right = 0;
+  if (mask) {
+    rule.mask_kind = mask_kind(*mask);
+    rule.mask = spread_view(*mask);
+  }
   return rule;
 }
 
@@ -86,12 +132,14 @@ Tensor empty_like_heads_inside(const Tensor& like) {
   return trilby::empty_heads_inside(sizes[0], sizes[1], sizes[2], sizes[3], like.scalar_type());
 }
 
-// to[b][j][i] = from[b][i][j], for `batch` matrices of `rows` × `columns`: logsumexp is [B, H, T] here, and (B, T, H)
-// in the memory of PyTorch.
-void transpose(const float* from, int64_t batch, int64_t rows, int64_t columns, float* to) {
-  for (int64_t b = 0; b < batch; b++, from += rows * columns, to += rows * columns) {
-    for (int64_t i = 0; i < rows; i++) {
-      for (int64_t j = 0; j < columns; j++) to[j * rows + i] = from[i * columns + j];
+// logsumexp, [B, H, T] in the memory of trilby, as PyTorch has it: (B, T, H) in memory, and 0 where no key is seen.
+void to_pytorchs(const float* from, int64_t B, int64_t H, int64_t T, float* to) {
+  for (int64_t b = 0; b < B; b++, from += H * T, to += H * T) {
+    for (int64_t h = 0; h < H; h++) {
+      for (int64_t i = 0; i < T; i++) {
+        const float value = from[h * T + i];
+        to[i * H + h] = value == -std::numeric_limits<float>::infinity() ? 0.0f : value;
+      }
     }
   }
 }
@@ -109,7 +157,8 @@ std::tuple<Tensor, Tensor> pytorchs_attention(const Tensor& query, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p,
-                                     bool is_causal, const Optional& mask, std::optional<double> scale) {
+                                     bool is_causal, const Optional& given_mask, std::optional<double> scale) {
+  const Optional mask = defined(given_mask);
   if (!is_trilbys(query, key, value, dropout_p, mask)) {
     return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
   }
@@ -122,17 +171,18 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const Tensor by_head = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
   const Tensor logsumexp = empty({B, H, T}, {T * H, 1, H}, ScalarType::Float);
   trilby::kernels().attention_forward(
-      {shape, sequences, attention_rule(query, is_causal, scale), view_of(query), view_of(key), view_of(value),
+      {shape, sequences, attention_rule(query, is_causal, mask, scale), view_of(query), view_of(key), view_of(value),
        view_of(output), by_head.mutable_data_ptr<float>()},
       trilby::torch_threads());
-  transpose(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
+  to_pytorchs(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                       const Tensor& value, const Tensor& output,
                                                       const Tensor& logsumexp, double dropout_p, bool is_causal,
-                                                      const Optional& mask, std::optional<double> scale) {
+                                                      const Optional& given_mask, std::optional<double> scale) {
+  const Optional mask = defined(given_mask);
   if (!is_trilbys(query, key, value, dropout_p, mask) || grad_output.scalar_type() != query.scalar_type()) {
     AtenTensorHandle gradients[3] = {}, given = mask ? mask->get() : nullptr;
     if (aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
@@ -150,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
   const Tensor grad_query = empty_like_heads_inside(query), grad_key = empty_like_heads_inside(key),
                grad_value = empty_like_heads_inside(value);
   trilby::kernels().attention_backward(
-      {shape, sequences, attention_rule(query, is_causal, scale), view_of(query), view_of(key), view_of(value),
+      {shape, sequences, attention_rule(query, is_causal, mask, scale), view_of(query), view_of(key), view_of(value),
        view_of(output), view_of(grad_output), by_head.const_data_ptr<float>(), view_of(grad_query), view_of(grad_key),
        view_of(grad_value)},
       trilby::torch_threads());
@@ -230,8 +280,9 @@ Tensor in_float32(const Tensor& statistics) {
   return from;
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, const Optional& weight,
-                                              const Optional& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, const Optional& given_weight,
+                                              const Optional& given_bias, double eps) {
+  const Optional weight = defined(given_weight), bias = defined(given_bias);
   if (!is_trilbys(input, row, weight, bias)) {
     return pytorchs<5>("trilby::pytorch_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
   }
@@ -264,8 +315,10 @@ bool is_trilbys_backward(const Tensor& grad_output, const Tensor& input, const S
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input, Sizes row,
-                                                       const Tensor& mean, const Tensor& rstd, const Optional& weight,
-                                                       const Optional& bias, std::vector<bool> wanted) {
+                                                       const Tensor& mean, const Tensor& rstd,
+                                                       const Optional& given_weight, const Optional& given_bias,
+                                                       std::vector<bool> wanted) {
+  const Optional weight = defined(given_weight), bias = defined(given_bias);
   if (!is_trilbys_backward(grad_output, input, row, mean, rstd, weight, bias, wanted)) {
     const bool mask[3] = {wanted[0], wanted[1], wanted[2]};
     return pytorchs<8>("trilby::pytorch_layer_norm_backward",
@@ -298,8 +351,9 @@ std::unique_ptr<StableLibrary> aten() {
   return std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
 }
 
-void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t largest_head_dim) {
-  limits = {fewest_queries, fewest_multiplications, largest_head_dim};
+void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t fewest_masked_multiplications,
+                       int64_t largest_head_dim) {
+  limits = {fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim};
   attention_library = aten();
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
@@ -320,7 +374,9 @@ Sizes served_calls() { return {served.begin(), served.end()}; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
-  library.def("provide_attention(int fewest_queries, int fewest_multiplications, int largest_head_dim) -> ()");
+  library.def(
+      "provide_attention(int fewest_queries, int fewest_multiplications, int fewest_masked_multiplications, "
+      "int largest_head_dim) -> ()");
   library.def("withdraw_attention() -> ()");
   library.def("provide_layer_norm() -> ()");
   library.def("withdraw_layer_norm() -> ()");

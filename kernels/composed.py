@@ -58,23 +58,23 @@ def reasons_against_attention(
         reasons.append("attn_mask and is_causal are both given")
     if not 0.0 <= dropout_p <= 1.0:
         reasons.append(f"dropout_p is {dropout_p}")
-    reasons += _reasons_against_mask(query, key, attn_mask)
+    if attn_mask is not None:
+        reasons += reasons_against_mask(query, key, attn_mask)
+        if attn_mask.requires_grad and torch.is_grad_enabled():
+            reasons.append("attn_mask requires a gradient")
     reasons += _reasons_against(query, key, value, attn_mask)
     rule = attention.reasons_for_kernel if dropout_p > 0.0 else attention.reasons_for_pytorch
     return *reasons, *rule(query, key, value, enable_gqa=enable_gqa)
 
 
-def _reasons_against_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Iterator[str]:
-    if mask is None:
-        return
-    if mask.requires_grad and torch.is_grad_enabled():
-        yield "attn_mask requires a gradient"
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        yield f"attn_mask is {mask.dtype}"
+def reasons_against_mask(query: Tensor, key: Tensor, mask: Tensor) -> Iterator[str]:
+    """Why no kernel of trilby's can add `mask` to the scores."""
+    if mask.dtype not in (torch.float32, query.dtype):
+        yield f"attn_mask is {mask.dtype}, not torch.float32 or {query.dtype}"
     if query.dim() == key.dim() == 4:
         size = (*query.shape[:3], key.shape[2])
         if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(size))):
-            yield f"attn_mask is {list(mask.shape)}, which does not broadcast to {list(size)}"
+            yield f"attn_mask is {list(mask.shape)}, which does not spread over {list(size)}"
 
 
 def reasons_against_rms_norm(

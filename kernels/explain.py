@@ -16,7 +16,7 @@ from torch import Tensor
 from . import attention, composed, norm
 from .observer import Call, watched
 from .ops import NATIVE
-from .provider import ATTENTION, NORM, activated, reasons_against_layer_norm
+from .provider import ATTENTION, NORM, activated, reasons_against_attention, reasons_against_layer_norm
 
 _KNOWN_AS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
@@ -167,13 +167,12 @@ def _reasons(call: Call) -> Iterator[str]:
     elif name == "aten::rms_norm":
         yield from composed.reasons_against_rms_norm(**arguments)
     elif not is_norm:
-        query, key, value = (arguments[name] for name in ("query", "key", "value"))
-        yield from attention.reasons_for_pytorch(
-            query, key, value, arguments["attn_mask"], arguments["dropout_p"], enable_gqa=True
-        )
+        rule = attention.reasons_for_pytorch if asked and not active else reasons_against_attention
+        names = "query", "key", "value", "attn_mask", "dropout_p"
+        yield from rule(*(arguments[name] for name in names), enable_gqa=True)
     else:
-        rule = norm.reasons_for_pytorch if asked and not active else reasons_against_layer_norm
-        yield from rule(*(arguments[name] for name in ("input", "normalized_shape", "weight", "bias")))
+        of_norm = norm.reasons_for_pytorch if asked and not active else reasons_against_layer_norm
+        yield from of_norm(*(arguments[name] for name in ("input", "normalized_shape", "weight", "bias")))
 
 
 def _asked_explicitly() -> bool:

@@ -14,7 +14,7 @@ from activation import (
 )
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import activate, activated, reference, restore, scaled_dot_product_attention
+from trilby.kernels import activate, activated, explain, provider, reference, restore, scaled_dot_product_attention
 from trilby.kernels.attention import FEWEST_MULTIPLICATIONS, FEWEST_QUERIES, LARGEST_HEAD_DIM
 from trilby.kernels.ops import NATIVE
 
@@ -90,6 +90,17 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(dtype, frozen):
         assert (gradient is None) == (name in frozen)
         if gradient is not None:
             assert_as_exact_as(gradient, rivals[name], truths[name], name)
+
+
+@pytest.mark.parametrize("affine", ["none", "weight", "weight and bias"])
+def test_forward_and_backward_are_trilbys_kernels(affine):
+    inputs = tuple(heads_inside(2, 4, 100, 32, torch.float32).requires_grad_() for _ in range(3))
+    parameters = [torch.ones(32, requires_grad=True) for name in ("weight", "bias") if name in affine]
+    with activated():
+        before = torch.ops.trilby.served_calls()
+        F.layer_norm(F.scaled_dot_product_attention(*inputs), (32,), *parameters).sum().backward()
+        after = torch.ops.trilby.served_calls()
+    assert [b - a for a, b in zip(before, after)] == [1, 1, 1, 1]
 
 
 # ---- what PyTorch's operators promise --------------------------------------------------------------------------------
@@ -170,8 +181,6 @@ CASES = {
     "just enough to compute": ((2, 1, 128, -(-FEWEST_MULTIPLICATIONS // (2 * 128**2))), {}),
     "the largest head": ((1, 2, 64, LARGEST_HEAD_DIM), {}),
     "a larger head": ((1, 2, 64, LARGEST_HEAD_DIM + 1), {}),
-    "a mask": (COVERED, {"attn_mask": torch.randn(128, 128)}),
-    "a mask of truths": (COVERED, {"attn_mask": torch.ones(128, 128).tril().bool()}),
 }
 
 
@@ -189,6 +198,58 @@ def test_the_limits_are_seen_in_the_bits():
     theirs = F.scaled_dot_product_attention(query, key, value)
     with activated():
         assert not torch.equal(F.scaled_dot_product_attention(query, key, value), theirs)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def seen(*shape: int) -> Tensor:
+    """A mask whose fourth row sees nothing."""
+    hidden = torch.rand(shape) < 0.4
+    hidden[..., min(3, shape[-2] - 1), :] |= shape[-2] > 1
+    return ~hidden
+
+
+MASKS = {
+    "for all": seen(100, 100),
+    "of each batch": seen(2, 1, 100, 100),
+    "of each head": seen(1, 4, 100, 100),
+    "of keys": seen(2, 1, 1, 100),
+    "of queries": seen(100, 1),
+}
+
+
+@pytest.fixture
+def small_masks(monkeypatch):
+    """No masked call is too small for trilby."""
+    monkeypatch.setattr(provider, "FEWEST_MASKED_MULTIPLICATIONS", 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("kind", ["seen or not", "added", "added in float32"])
+def test_masked_attention_is_as_exact_as_pytorchs(small_masks, dtype, mask, kind):
+    inputs = tuple(heads_inside(2, 4, 100, 32, dtype) for _ in range(3))
+    if kind != "seen or not":
+        added = torch.randn(mask.shape).to(dtype if kind == "added" else torch.float32)
+        mask = added.masked_fill(~mask, -torch.inf)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        given = mask.double() if query.dtype == torch.float64 and mask.is_floating_point() else mask
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=given)
+
+    with activated():
+        assert all(call.is_trilbys for call in explain(with_gradients, attend, *inputs))
+    assert_exact(attend, attend, inputs)
+
+
+def test_the_limit_of_masked_attention_is_the_one_that_is_named():
+    fewest = provider.FEWEST_MASKED_MULTIPLICATIONS
+    for length, expected in ((fewest // 64**2 - 1, False), (-(-fewest // 64**2), True)):
+        query, key = torch.randn(1, 1, 64, 64), torch.randn(1, 1, length, 64)
+        with activated():
+            (found,) = explain(F.scaled_dot_product_attention, query, key, key, attn_mask=torch.zeros(64, length))
+            assert found.is_trilbys == expected == (not found.reasons)
 
 
 ODD_INPUTS = {
