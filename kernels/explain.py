@@ -168,8 +168,8 @@ def _reasons(call: Call) -> Iterator[str]:
         yield from composed.reasons_against_rms_norm(**arguments)
     elif not is_norm:
         rule = attention.reasons_for_pytorch if asked and not active else reasons_against_attention
-        names = "query", "key", "value", "attn_mask", "dropout_p"
-        yield from rule(*(arguments[name] for name in names), enable_gqa=True)
+        query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+        yield from rule(query, key, value, mask, arguments["dropout_p"], enable_gqa=True)
     else:
         of_norm = norm.reasons_for_pytorch if asked and not active else reasons_against_layer_norm
         yield from of_norm(*(arguments[name] for name in ("input", "normalized_shape", "weight", "bias")))
