@@ -63,9 +63,8 @@ class Desk:
 
     @property
     def shape(self) -> str:
-        """As the table shows it."""
-        config = self.config
-        return f"{config.n_layer} layers {config.n_head}x{config.n_embd // config.n_head}"
+        """Layers and width, as the table shows them."""
+        return f"{self.config.n_layer}x{self.config.n_embd}"
 
 
 DESK = Desk(
@@ -204,12 +203,12 @@ def _row(desk: Desk, model: GPT, request: Request, ceilings: Ceilings) -> Row:
         "GPT generation",
         f"{desk.shape} {request.shape}",
         request.weights,
-        "tokens",
+        "text",
         request.why,
         seconds,
         work_of(desk.config, request, ceilings),
         (Error("logits", by, _floor(request.weights, truths[OURS])),),
-        setting=f"rounding the weights moves logits by {moved:.1%}" if request.weights == "int8" else "",
+        setting=f"logits off {moved:.1%}" if request.weights == "int8" else "",
     )
 
 

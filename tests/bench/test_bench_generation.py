@@ -6,10 +6,12 @@ import pytest
 import torch
 from trilby.bench.generation import DESK, QUICK_DESK, Request, generation_rows, ours, rival, work_of
 from trilby.bench.machine import Ceilings, Copy
+from trilby.bench.report import cells
 from trilby.bench.results import OURS, RIVAL
 from trilby.gpt import GPT, GPTConfig
 
 CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),))
+LONGEST_CASE = 62
 CONFIG = GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=32)
 
 
@@ -28,9 +30,10 @@ def test_every_request_becomes_an_exact_row_and_advances():
     for row, request in zip(rows, QUICK_DESK.requests):
         assert row.is_exact, row.errors
         assert (row.operation, row.dtype) == ("GPT generation", request.weights)
-        assert row.shape == f"2 layers 2x32 B={request.batch_size} {request.prompt}+{request.new}"
+        assert row.shape == f"2x64 B={request.batch_size} {request.prompt}+{request.new}"
+        assert len(cells(row)[0]) <= LONGEST_CASE, "it would not fit on a line"
         assert set(row.seconds) == {RIVAL, OURS}
-        assert ("rounding the weights moves logits by" in row.setting) == (request.weights == "int8")
+        assert ("logits off" in row.setting) == (request.weights == "int8")
 
 
 @pytest.mark.parametrize("with_transformers", [True, False])
