@@ -23,12 +23,14 @@ PER_LEVEL = [
     "norm_forward.cpp",
     "norm_backward.cpp",
     "linear.cpp",
+    "gelu.cpp",
     "level.cpp",
 ]
 ONCE = [
     "bindings_attention.cpp",
     "bindings_norm.cpp",
     "bindings_linear.cpp",
+    "bindings_gelu.cpp",
     "bindings_provider.cpp",
     "isa.cpp",
     "scratch.cpp",

@@ -133,6 +133,14 @@ struct Linear {
   void* output;  // [M, N] contiguous
 };
 
+// GELU in its tanh form of `count` elements; of a gradient, where `grad_output` is not null.
+struct Gelu {
+  int64_t count;
+  Dtype dtype;
+  const void *input, *grad_output;
+  void* output;
+};
+
 // Every kernel of one instruction-set level.
 struct Kernels {
   const char* level;
@@ -141,6 +149,7 @@ struct Kernels {
   void (*norm_forward)(const NormForward&, const Threads&);
   void (*norm_backward)(const NormBackward&, const Threads&);
   void (*linear)(const Linear&, const Threads&);
+  void (*gelu)(const Gelu&, const Threads&);
 };
 
 // At least `bytes` of 64-byte-aligned memory that belongs to the calling thread until it asks again. It is kept from

@@ -10,5 +10,6 @@ void attention_backward(const AttentionBackward&, const Threads&);
 void norm_forward(const NormForward&, const Threads&);
 void norm_backward(const NormBackward&, const Threads&);
 void linear(const Linear&, const Threads&);
+void gelu(const Gelu&, const Threads&);
 
 }  // namespace trilby::TRILBY_LEVEL

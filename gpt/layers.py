@@ -76,6 +76,7 @@ class Layers:
     - `layer_norm(input, normalized_shape, weight, bias, eps)`: `F.layer_norm`.
     - `add_layer_norm(stream, branch, normalized_shape, weight, bias, eps, dropout_p)` returns
       `(normalized, summed)`, where `summed = stream + dropout(branch)` and `normalized = layer_norm(summed)`.
+    - `gelu(input, approximate="tanh")`: `F.gelu`.
     - `linear(input, weight, bias)`: `F.linear`; `weight` may be a `kernels.QuantizedWeight`.
     - `cached_attention(query, key, value, key_lengths)`: the last T of S tokens, (B, H, T, D), look at themselves and
       at what came before, (B, H, S, D). With `key_lengths`, (B), only so many keys of each sequence exist, and the
@@ -100,6 +101,7 @@ class Layers:
     attention: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    gelu: Callable[..., Tensor] = F.gelu
     linear: Callable[..., Tensor] = _linear
     cached_attention: Callable[..., Tensor] = _cached_attention
     packed_attention: Callable[..., Tensor] = _packed_attention
@@ -125,6 +127,7 @@ TRILBY = Layers(
     attention=kernels.scaled_dot_product_attention,
     layer_norm=kernels.layer_norm,
     add_layer_norm=kernels.add_layer_norm,
+    gelu=kernels.gelu,
     linear=kernels.linear,
     cached_attention=_decoding_attention,
     packed_attention=_varlen_attention,

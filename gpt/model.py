@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Cache, LayerCache, Reading
@@ -69,11 +68,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, layers)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, layers)
+        self.layers = layers
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         # GPT-2 was trained with the tanh form of GELU.
-        output: Tensor = self.c_proj(F.gelu(self.c_fc(input), approximate="tanh"))
+        output: Tensor = self.c_proj(self.layers.gelu(self.c_fc(input), approximate="tanh"))
         return output
 
 

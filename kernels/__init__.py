@@ -1,5 +1,6 @@
 """Fused kernels for the two layers that every GPT repeats: causal-softmax attention and layer norm."""
 
+from .activation import gelu
 from .attention import attend, scaled_dot_product_attention
 from .explain import explain, strict
 from .linear import QuantizedWeight, linear, quantize_rows
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "attend",
     "explain",
+    "gelu",
     "keep_memory",
     "layer_norm",
     "linear",

@@ -215,6 +215,27 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
+def _fake_gelu(input: Tensor) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _fake_gelu_backward(grad_output: Tensor, input: Tensor) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _save_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_backward(ctx: Any, grad_output: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient is to be differentiated, and PyTorch's has a formula for that
+        gradient: Tensor = torch.ops.aten.gelu_backward(grad_output, x, approximate="tanh")
+    else:
+        gradient = torch.ops.trilby.gelu_backward(grad_output, x)
+    return gradient
+
+
 OPERATORS = (
     Operator(
         "attention",
@@ -264,6 +285,22 @@ OPERATORS = (
         _fake_linear,
         _linear_backward,
         _save_linear,
+        triton=False,
+    ),
+    Operator(
+        "gelu",
+        "(Tensor input) -> Tensor",
+        reference.gelu,
+        _fake_gelu,
+        _gelu_backward,
+        _save_gelu,
+        triton=False,
+    ),
+    Operator(
+        "gelu_backward",
+        "(Tensor grad_output, Tensor input) -> Tensor",
+        reference.gelu_backward,
+        _fake_gelu_backward,
         triton=False,
     ),
 )

@@ -6,6 +6,7 @@ inputs are computed with in float32 and rounded once at the end, so that in floa
 
 from ..options import AttentionOptions
 from .attention import attention, attention_backward, visible
+from .gelu import gelu, gelu_backward
 from .linear import linear
 from .norm import add_norm, norm, norm_backward, statistics
 from .random import attention_dropout_factors, dropout_factors, random_words
@@ -17,6 +18,8 @@ __all__ = [
     "attention_backward",
     "attention_dropout_factors",
     "dropout_factors",
+    "gelu",
+    "gelu_backward",
     "linear",
     "norm",
     "norm_backward",

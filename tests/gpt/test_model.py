@@ -91,11 +91,11 @@ def test_it_is_made_of_the_layers_that_it_is_given(wide):
             return func(*args, **(kwargs or {}))
 
     tokens = torch.randint(wide.vocab_size, (8, wide.block_size))
-    for layers, expected in ((TRILBY, 3 * wide.n_layer + 1), (PYTORCH, 0)):
+    for layers, expected in ((TRILBY, 4 * wide.n_layer + 1), (PYTORCH, 0)):
         names: list[str] = []
         with Called(), torch.no_grad():
             GPT(wide, layers)(tokens)
-        assert names.count("trilby") == expected  # per block attention and two norms, and the norm after the last
+        assert names.count("trilby") == expected  # per block attention, GELU and two norms; the norm after the last
 
 
 @pytest.mark.parametrize("layers", [TRILBY, PYTORCH], ids=["trilby", "pytorch"])
