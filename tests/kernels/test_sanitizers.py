@@ -32,4 +32,4 @@ def test_attention_stays_inside_its_tensors(level: str, tmp_path: Path, monkeypa
     ]
     subprocess.run(command, check=True, capture_output=True)
     ran = subprocess.run([tmp_path / "attend"], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "150 cases\n", "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "200 cases\n", "")
