@@ -45,8 +45,8 @@ def attention(
         query: [B, H, T, D].
         key: [B, Hkv, S, D], H a multiple of Hkv.
         value: [B, Hkv, S, Dv].
-        attention_mask: What transformers' "sdpa" takes; such calls are computed by it.
-        dropout: The probability that a weight is dropped; above 0 such calls are computed by "sdpa".
+        attention_mask: What transformers' "sdpa" takes; it hides what is to be hidden, whatever `is_causal` says.
+        dropout: The probability that a weight is dropped.
         scaling: What scores are multiplied by; 1/√D by default.
         is_causal: Hide from query i every key after i; a single query sees all keys.
         options: What else "sdpa" takes; calls with one that trilby does not know are computed by it.
@@ -70,7 +70,16 @@ def attention(
         return results
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    output = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=True)
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        is_causal and attention_mask is None,
+        scale=scaling,
+        enable_gqa=True,
+    )
     return output.transpose(1, 2).contiguous(), None
 
 

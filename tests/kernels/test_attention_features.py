@@ -227,3 +227,70 @@ def test_inputs_may_lie_anyhow(name: str, level: str) -> None:
         gradients(output, leaves, scattered(one.grad_output)), gradients(expected, one.inputs, one.grad_output)
     ):
         assert torch.equal(ours, theirs)
+
+
+MUTANTS = {
+    "the window is one key too wide": ("window", {"window_left": 21}),
+    "the window is one key too narrow": ("window", {"window_left": 19}),
+    "the window is aligned to the wrong corner": ("window, lower right", {"lower_right": False}),
+    "the softcap is dropped": ("softcap", {"softcap": 0.0}),
+    "the slopes are dropped": ("alibi", {"alibi_slopes": None}),
+    "distances are counted without the offset": ("alibi, lower right, both ways", {"lower_right": False}),
+    "the mask is dropped": ("boolean mask", {"mask": None}),
+    "the additive mask is dropped": ("additive mask", {"mask": None}),
+    "nothing is dropped": ("dropout", {"dropout_p": 0.0}),
+    "other pairs are dropped": ("dropout", {"seed": torch.tensor([12345])}),
+    "keys that do not exist are seen": ("key lengths", {"key_lengths": None}),
+    "one sequence begins one row late": (
+        "packed",
+        {"key_starts": torch.tensor([1, 34, 40, 40, 40, 40, 180, 184, 312])},
+    ),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_kernel_with_one_mistake_is_found(mutant: str) -> None:
+    name, mistake = MUTANTS[mutant]
+    one = judged(name, torch.float32)
+    if "key_starts" in mistake:
+        mistake = {"key_starts": mistake["key_starts"].int()}
+    with pytest.raises(AssertionError, match="error"):
+        one.judge(one.options._replace(**mistake))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mask": torch.ones(2, 4, 70, 149)}, "mask must be"),
+        ({"mask": torch.ones(2, 4, 70, 150).int()}, "mask must be bool, float32 or of query's dtype"),
+        ({"alibi_slopes": torch.ones(2, 3)}, "alibi_slopes must be float32"),
+        ({"dropout_p": 0.5}, "dropout needs a seed"),
+        ({"dropout_p": 1.5, "seed": torch.tensor([1])}, "dropout_p must be from 0 to 1, not 1.5"),
+        ({"key_lengths": torch.tensor([1, 151], dtype=torch.int32)}, r"key_lengths\[1\] is 151, not from 0 to 150"),
+        ({"key_lengths": torch.ones(3, dtype=torch.int32)}, "key_lengths must be int32"),
+        ({"query_starts": torch.tensor([0, 5], dtype=torch.int32)}, "query_starts needs a query"),
+        ({"block_table": torch.ones(2, 1, dtype=torch.int32)}, "block_table needs key_lengths"),
+    ],
+)
+def test_what_would_be_read_outside_is_refused_by_name(wrong: dict[str, Tensor], message: str) -> None:
+    call = Call(lambda call, dtype: AttentionOptions())
+    with pytest.raises(RuntimeError, match=message):
+        OPERATOR(*call.inputs(torch.float32), *AttentionOptions(**wrong))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([0, 71], "query_starts must ascend"),
+        ([5, 3], "query_starts must ascend"),
+        ([-1, 4], "query_starts must ascend"),
+    ],
+)
+def test_starts_outside_the_rows_are_refused(starts: list[int], message: str) -> None:
+    numbers = torch.tensor(starts, dtype=torch.int32)
+    call = Call(lambda call, dtype: AttentionOptions(), B=1)
+    with pytest.raises(RuntimeError, match="query_starts must ascend from 0 or more to 70 or less"):
+        OPERATOR(*call.inputs(torch.float32), *AttentionOptions(query_starts=numbers, key_starts=numbers))

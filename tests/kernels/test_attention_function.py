@@ -22,17 +22,61 @@ def test_trilby_computes_what_it_covers() -> None:
 @pytest.mark.parametrize(
     ("reason", "arguments"),
     [
-        ("attn_mask is given", {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}),
-        ("dropout_p is 0.5", {"dropout_p": 0.5}),
+        ("attn_mask is given in torch.float32", {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}),
+        ("attn_mask requires a gradient", {"attn_mask": torch.zeros(100, 100, requires_grad=True)}),
     ],
 )
-def test_the_rest_is_pytorchs(reason: str, arguments: dict[str, object]) -> None:
+def test_the_rest_is_pytorchs(reason: str, arguments: dict[str, Tensor]) -> None:
     inputs = CASE.inputs(torch.float32)
-    assert reason in list(reasons_for_pytorch(*inputs, **arguments))
-    torch.manual_seed(1)
+    assert any(given.startswith(reason) for given in reasons_for_pytorch(*inputs, **arguments))
     ours = scaled_dot_product_attention(*inputs, **arguments)
-    torch.manual_seed(1)
     assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, **arguments))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(100, 100), (1, 100), (2, 1, 1, 100), (4, 100, 100), (2, 4, 100, 1)], ids=str)
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_of_half_precision_are_trilbys(shape: tuple[int, ...], additive: bool, dtype: torch.dtype) -> None:
+    inputs = CASE.inputs(dtype)
+    mask = torch.randn(shape).to(dtype) if additive else torch.rand(shape) < 0.8
+    assert reasons_for_pytorch(*inputs, mask) == ()
+    in_float64 = mask.double() if additive else mask
+    truth = F.scaled_dot_product_attention(*(tensor.double() for tensor in inputs), in_float64)
+    rival = F.scaled_dot_product_attention(*inputs, mask)
+    assert_as_exact_as(scaled_dot_product_attention(*inputs, mask), rival, truth, "output")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_trilbys_and_repeats_with_torchs_seed(dtype: torch.dtype) -> None:
+    inputs = CASE.inputs(dtype)
+    assert reasons_for_pytorch(*inputs, dropout_p=0.25) == ()
+
+    def drop(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return scaled_dot_product_attention(*inputs, dropout_p=0.25, is_causal=True)
+
+    first = drop(1)
+    assert torch.equal(first, drop(1))
+    assert not torch.equal(first, drop(2))
+
+
+def test_a_mask_with_is_causal_is_pytorchs() -> None:
+    inputs = CASE.inputs(torch.bfloat16)
+    mask = torch.rand(100, 100) < 0.8
+    ours = scaled_dot_product_attention(*inputs, mask, is_causal=True)
+    assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, mask, is_causal=True))
+
+
+@needs_extension
+def test_a_mask_of_float16_is_trilbys_in_training_alone() -> None:
+    query, key, value = CASE.inputs(torch.float16)
+    mask = torch.ones(100, 100, dtype=torch.bool)
+    assert reasons_for_pytorch(query, key, value, mask) == ()
+    with torch.no_grad():
+        (reason,) = reasons_for_pytorch(query, key, value, mask)
+    assert reason.startswith("attn_mask is given in torch.float16 without gradients")
 
 
 @pytest.mark.parametrize(
