@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from trilby.kernels import gpu
+from trilby.kernels.options import AttentionOptions
 
 OURS = "trilby"
 TUTORIAL = "Triton's tutorial"
@@ -132,9 +133,9 @@ def _is_installed(package: str) -> bool:
 
 def _our_attention(head_dim: int) -> None:
     query, key, value = (_meta(B, T, H, head_dim).detach().transpose(1, 2) for _ in range(3))  # [B, H, T, D]
-    scale = 1 / math.sqrt(head_dim)
-    output, logsumexp = gpu.attention(query, key, value, True, scale)
-    gpu.attention_backward(torch.empty_like(output), query, key, value, output, logsumexp, True, scale)
+    options = AttentionOptions.plain(True, 1 / math.sqrt(head_dim))
+    output, logsumexp = gpu.attention(query, key, value, *options)
+    gpu.attention_backward(torch.empty_like(output), query, key, value, output, logsumexp, *options)
 
 
 def _our_norm(width: int, centered: bool, adds: bool, rows: int) -> None:

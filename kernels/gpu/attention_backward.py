@@ -1,4 +1,4 @@
-"""Causal-softmax attention, backward: three kernels without atomics, so that the same inputs give the same bits.
+"""Attention, backward: three kernels without atomics, so that the same inputs give the same bits.
 
 Probabilities are computed again from the scores and the forward's logsumexp (FlashAttention-2, Dao, 2023). One program
 owns a tile of keys and walks over the queries that see them (grad_key, grad_value); another owns a tile of queries and
@@ -14,34 +14,25 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_inputs import AttentionInputs
 from .attention_launch import AttentionTiles, RowTiles
-from .call import Call, alignment_of, padded, strides
-from .tile import aligned
+from .attention_score import Rule, Scoring, probabilities_of, score, where_seen
+from .call import Call, alignment_of, heads, padded
+from .tile import Heads, head_of, load_tokens
+
+LOG2_E = 1.4426950408889634
 
 
 # Memory: grad_output and output once; 4 bytes in and 8 out for every row of Dv.
-@triton.jit(
-    do_not_specialize=[
-        "grad_output_stride_b", "grad_output_stride_h", "grad_output_stride_t",
-        "output_stride_b", "output_stride_h", "output_stride_t",
-        "heads", "q_len",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["head_count", "q_len"])
 def attention_backward_rows_kernel(
-    grad_output: tl.tensor,  # [B, H, T, Dv]
-    output: tl.tensor,  # [B, H, T, Dv]
+    grad_output: Heads,  # [B, H, T, Dv]
+    output: Heads,  # [B, H, T, Dv]
     logsumexp: tl.tensor,  # [B, H, T] float32, contiguous
     exponent: tl.tensor,  # [B, H, T] float32, contiguous
     delta: tl.tensor,  # [B, H, T] float32, contiguous
-    grad_output_stride_b: tl.tensor,
-    grad_output_stride_h: tl.tensor,
-    grad_output_stride_t: tl.tensor,
-    grad_output_stride_d: tl.tensor,
-    output_stride_b: tl.tensor,
-    output_stride_h: tl.tensor,
-    output_stride_t: tl.tensor,
-    output_stride_d: tl.tensor,
-    heads: tl.tensor,  # H
+    unit: tl.tensor,
+    head_count: tl.tensor,  # H
     q_len: tl.tensor,  # T
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
@@ -50,105 +41,94 @@ def attention_backward_rows_kernel(
 ) -> None:
     """What every score of a row needs in the backward pass, once a row instead of once a score.
 
-    exponent: what exp2 subtracts from scaled scores to make probabilities of them, logsumexp in units of log2; of a
-    row that saw no key it is infinite, which makes the probabilities 0. delta: the sum of grad_output * output.
+    exponent: what scores are less by when they become exponents of 2 (`probabilities_of`): logsumexp * unit; of a row
+    that saw no key it is infinite, which makes the probabilities 0. delta: the sum of grad_output * output.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     tiles = tl.cdiv(q_len, BLOCK_M)
     program = tl.program_id(0)
-    head = (program // tiles % heads).to(tl.int64)
-    batch = (program // tiles // heads).to(tl.int64)
-    grad_output += batch * aligned(grad_output_stride_b, ALIGNMENT) + head * aligned(grad_output_stride_h, ALIGNMENT)
-    output += batch * aligned(output_stride_b, ALIGNMENT) + head * aligned(output_stride_h, ALIGNMENT)
-
-    rows = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_offsets = rows.to(tl.int64)[:, None]
-    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)[None, :]
-    mask = (rows[:, None] < q_len) & (value_dims < VALUE_DIM)
-    grad_output += row_offsets * aligned(grad_output_stride_t, ALIGNMENT) + value_dims * grad_output_stride_d
-    output += row_offsets * aligned(output_stride_t, ALIGNMENT) + value_dims * output_stride_d
-    product = tl.load(grad_output, mask=mask, other=0.0).to(tl.float32)
-    product *= tl.load(output, mask=mask, other=0.0).to(tl.float32)
-    statistics = (batch * heads + head) * q_len + rows
+    first_row = program % tiles * BLOCK_M
+    head = program // tiles % head_count
+    batch = (program // tiles // head_count).to(tl.int64)
+    grad_output_head = head_of(grad_output, batch, head, first_row, ALIGNMENT)
+    output_head = head_of(output, batch, head, first_row, ALIGNMENT)
+    grad_tile = load_tokens(grad_output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
+    output_tile = load_tokens(output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
+    product = grad_tile.to(tl.float32) * output_tile.to(tl.float32)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    statistics = (batch * head_count + head) * q_len + rows
     row_logsumexp = tl.load(logsumexp + statistics, mask=rows < q_len, other=0.0)
-    row_exponent = tl.where(row_logsumexp == float("-inf"), float("inf"), row_logsumexp * LOG2_E)
+    row_exponent = tl.where(row_logsumexp == float("-inf"), float("inf"), row_logsumexp * unit)
     tl.store(exponent + statistics, row_exponent, mask=rows < q_len)
     tl.store(delta + statistics, tl.sum(product, 1), mask=rows < q_len)
 
 
+@triton.jit
+def gradient_of_scores(
+    products: tl.tensor,  # of queries and keys: [M, N], or [N, M]
+    grad_products: tl.tensor,  # of grad_output and values
+    queries: tl.tensor,
+    keys: tl.tensor,
+    exponent: tl.tensor,  # of the queries
+    delta: tl.tensor,  # of the queries
+    kept: tl.tensor,  # by dropout; None: all
+    rule: Rule,
+    scoring: Scoring,
+    MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The probabilities that values were weighed with, but for the scale of dropout; the scores; their gradient."""
+    scores, slope_of_softcap = score(products, queries, keys, scoring, MASKED)
+    probabilities = probabilities_of(scores, exponent, scoring, MASKED)
+    weights = probabilities
+    if kept is not None:
+        weights = tl.where(kept, probabilities, 0.0)
+        grad_products = tl.where(kept, grad_products * rule.dropout_scale, 0.0)
+    grad_scores = probabilities * (grad_products - delta) * slope_of_softcap
+    return weights, scores, where_seen(grad_scores, scores, scoring, MASKED)
+
+
+@dataclass(frozen=True)
+class BackwardInputs:
+    """What both of the large kernels read: the forward's inputs, and [B, H, T, Dv] and twice [B, H, T] more."""
+
+    forward: AttentionInputs
+    grad_output: torch.Tensor
+    exponent: torch.Tensor
+    delta: torch.Tensor
+
+    def arguments(self, tiles: AttentionTiles) -> dict[str, Any]:
+        """The arguments that both kernels have, but for what tells whether offsets are wide."""
+        forward = self.forward
+        return {
+            **forward.arguments(tiles),
+            "grad_output": heads(self.grad_output),
+            "exponent": self.exponent,
+            "delta": self.delta,
+            "ALIGNMENT": alignment_of(self.grad_output, forward.query, forward.key, forward.value),
+        }
+
+
 def attention_backward_rows_call(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    logsumexp: torch.Tensor,
-    exponent: torch.Tensor,
-    delta: torch.Tensor,
-    rows: RowTiles,
+    output: torch.Tensor, logsumexp: torch.Tensor, inputs: BackwardInputs, rows: RowTiles
 ) -> Call:
-    """The launch that fills `exponent` and `delta`, both [B, H, T] float32."""
-    batch, heads, q_len, value_dim = output.shape
+    """The launch that fills `exponent` and `delta` of `inputs`."""
+    batch, head_count, q_len, value_dim = output.shape
     return Call(
         kernel=attention_backward_rows_kernel,
-        grid=(batch * heads * triton.cdiv(q_len, rows.block_m),),
+        grid=(batch * head_count * triton.cdiv(q_len, rows.block_m),),
         arguments={
-            "grad_output": grad_output,
-            "output": output,
+            "grad_output": heads(inputs.grad_output),
+            "output": heads(output),
             "logsumexp": logsumexp,
-            "exponent": exponent,
-            "delta": delta,
-            **strides("grad_output", grad_output, "bhtd"),
-            **strides("output", output, "bhtd"),
-            "heads": heads,
+            "exponent": inputs.exponent,
+            "delta": inputs.delta,
+            # What a mask adds may be the least float32 there is: in units of log2 it would be infinite.
+            "unit": LOG2_E if inputs.forward.options.mask is None else 1.0,
+            "head_count": head_count,
             "q_len": q_len,
             "VALUE_DIM": value_dim,
-            "ALIGNMENT": alignment_of(grad_output, output),
+            "ALIGNMENT": alignment_of(inputs.grad_output, output),
             "BLOCK_M": rows.block_m,
             "BLOCK_DV": padded(value_dim),
         },
         options={"num_warps": rows.num_warps},
     )
-
-
-@dataclass(frozen=True)
-class BackwardInputs:
-    """What both of the large kernels read: [B, H, T, ...] and [B, Hkv, S, ...] as in `attention_backward`."""
-
-    grad_output: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    exponent: torch.Tensor
-    delta: torch.Tensor
-    is_causal: bool
-    scale: float
-    precision: str
-
-    def arguments(self, tiles: AttentionTiles) -> dict[str, Any]:
-        """The arguments that both kernels have, but for what tells whether offsets are wide."""
-        heads, q_len, head_dim = self.query.shape[1:]
-        kv_heads, kv_len, value_dim = self.value.shape[1:]
-        return {
-            "grad_output": self.grad_output,
-            "query": self.query,
-            "key": self.key,
-            "value": self.value,
-            "exponent": self.exponent,
-            "delta": self.delta,
-            **strides("grad_output", self.grad_output, "bhtd"),
-            **strides("query", self.query, "bhtd"),
-            **strides("key", self.key, "bhtd"),
-            **strides("value", self.value, "bhtd"),
-            "heads": heads,
-            "group": heads // max(kv_heads, 1),
-            "q_len": q_len,
-            "kv_len": kv_len,
-            "scale": self.scale,
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
-            "ALIGNMENT": alignment_of(self.grad_output, self.query, self.key, self.value),
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_D": padded(head_dim),
-            "BLOCK_DV": padded(value_dim),
-            "IS_CAUSAL": self.is_causal,
-            "PRECISION": self.precision,
-        }

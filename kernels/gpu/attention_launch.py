@@ -27,6 +27,14 @@ class AttentionTiles:
 
 
 @dataclass(frozen=True)
+class DecodeTiles:
+    """How the decode kernel is cut: a program has all rows of a key head and `split_keys` keys."""
+
+    attention: AttentionTiles
+    split_keys: int
+
+
+@dataclass(frozen=True)
 class RowTiles:
     """How a kernel without products is cut: a program holds `block_m` rows."""
 
@@ -45,6 +53,7 @@ class Row:
         tiles: The launch parameters.
         reason: Why these.
         q_len: The longest query it serves.
+        scores: "plain" products, "rich" ones, which masks, slopes, softcap or dropout change, or "any".
         spills: The compiler runs out of registers whatever the tile: right, but slow.
     """
 
@@ -54,6 +63,7 @@ class Row:
     tiles: AttentionTiles
     reason: str
     q_len: int = 2**31
+    scores: str = "plain"
     spills: bool = False
 
 
@@ -76,11 +86,12 @@ FORWARD = (
     Row(
         NVIDIA,
         "half",
-        256,
+        128,
         AttentionTiles(16, 64, 4, 2),
         "one token at a time or a few: 16 rows are the least that a matrix instruction takes",
         q_len=16,
     ),
+    Row(NVIDIA, "half", 256, AttentionTiles(16, 32, 8, 2), "likewise; 64 keys in 4 warps spill", q_len=16),
     Row(
         CDNA,
         "half",
@@ -130,6 +141,16 @@ FORWARD = (
     Row(("sm_90",), "tf32", 128, AttentionTiles(64, 32, 8, 2), "128 rows spill"),
     Row(("sm_80", *LARGE), "tf32", 256, AttentionTiles(32, 32, 8, 2), "141 registers; 64 rows spill on sm_90"),
     Row(SMALL, "tf32", 256, AttentionTiles(32, 16, 8, 2), "66 KiB; 32 keys do not fit"),
+    Row(NVIDIA, "half", 128, AttentionTiles(64, 64, 8, 2), "255 registers on sm_80, 64 KiB", scores="rich"),
+    Row(NVIDIA, "half", 256, AttentionTiles(32, 32, 8, 2), "226 registers on sm_80; 64 rows spill", scores="rich"),
+    Row(CDNA, "half", 64, AttentionTiles(64, 64, 4, 1), "328 of 512 registers", scores="rich"),
+    Row(CDNA, "half", 128, AttentionTiles(64, 32, 4, 1), "277 registers", scores="rich"),
+    Row(CDNA, "half", 256, AttentionTiles(32, 16, 8, 1), "175 registers; 64 rows spill", scores="rich"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "the smallest tile there is", scores="rich"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
 )
 
 BACKWARD_KEY_VALUE = (
@@ -154,6 +175,17 @@ BACKWARD_KEY_VALUE = (
     Row(NVIDIA, "tf32", 64, AttentionTiles(32, 64, 8, 2), "234 registers, 56 KiB"),
     Row(NVIDIA, "tf32", 128, AttentionTiles(16, 32, 8, 1), "119 registers, 58 KiB; 32 queries spill on sm_90"),
     Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "32 keys take 114 KiB, which sm_86 has not"),
+    Row(NVIDIA, "half", 64, AttentionTiles(32, 32, 4, 2), "254 registers; 64 keys spill on sm_80", scores="rich"),
+    Row(NVIDIA, "half", 128, AttentionTiles(32, 32, 8, 2), "253 registers on sm_80", scores="rich"),
+    Row(NVIDIA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(CDNA, "half", 64, AttentionTiles(32, 64, 4, 1), "307 of 512 registers", scores="rich"),
+    Row(CDNA, "half", 128, AttentionTiles(16, 64, 8, 1), "189 registers; 32 queries spill", scores="rich"),
+    Row(CDNA, "half", 256, AttentionTiles(16, 32, 8, 1), "233 registers; 64 keys spill", scores="rich"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "the smallest tile there is", scores="rich"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
 )
 
 BACKWARD_QUERY = (
@@ -177,7 +209,40 @@ BACKWARD_QUERY = (
     Row(NVIDIA, "tf32", 64, AttentionTiles(64, 32, 4, 2), "186 registers on sm_80, 64 KiB"),
     Row(NVIDIA, "tf32", 128, AttentionTiles(32, 32, 8, 2), "134 registers, 80 KiB"),
     Row(NVIDIA, "tf32", 256, AttentionTiles(32, 16, 8, 1), "214 registers on sm_80, 96 KiB"),
+    Row(("sm_90",), "half", 64, AttentionTiles(64, 64, 8, 2), "255 registers", scores="rich"),
+    Row(NVIDIA, "half", 64, AttentionTiles(64, 32, 8, 2), "255 registers on sm_80; 64 keys spill", scores="rich"),
+    Row(LARGE, "half", 128, AttentionTiles(32, 32, 8, 2), "178 registers; 64 queries spill", scores="rich"),
+    Row(NVIDIA, "half", 128, AttentionTiles(64, 32, 8, 2), "255 registers on sm_80, 56 KiB", scores="rich"),
+    Row(NVIDIA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(CDNA, "half", 64, AttentionTiles(64, 32, 4, 1), "258 of 512 registers", scores="rich"),
+    Row(CDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+    Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "the smallest tile there is", scores="rich"),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
 )
+# Of a key head all rows are in one tile: a row serves as many as its tile has.
+DECODE = (
+    Row(NVIDIA, "half", 128, AttentionTiles(16, 64, 4, 2), "a token of a few heads", q_len=16, scores="any"),
+    Row(
+        NVIDIA, "half", 256, AttentionTiles(16, 32, 8, 2), "likewise; 64 keys in 4 warps spill", q_len=16, scores="any"
+    ),
+    Row(NVIDIA, "half", 128, AttentionTiles(64, 32, 8, 2), "a few tokens of many heads", q_len=64, scores="any"),
+    Row(NVIDIA, "half", 256, AttentionTiles(32, 32, 8, 2), "64 rows spill", q_len=32, scores="any"),
+    Row(CDNA, "half", 256, AttentionTiles(16, 32, 4, 1), "a token of a few heads", q_len=16, scores="any"),
+    Row(CDNA, "half", 128, AttentionTiles(64, 32, 4, 1), "a few tokens of many heads", q_len=64, scores="any"),
+    Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "a token of a few heads", q_len=16, scores="any"),
+    Row(("gfx90a", "gfx942", *NVIDIA), "ieee", 256, AttentionTiles(16, 16, 8, 1), "likewise", q_len=16, scores="any"),
+    Row(RDNA, "half", 64, AttentionTiles(16, 32, 8, 1), "a token of a few heads", q_len=16, scores="any"),
+    Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile", q_len=16, scores="any", spills=True),
+    Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile", q_len=16, scores="any", spills=True),
+)
+MOST_DECODED_QUERIES = 16
+# As many as the merge holds at once; and fewer keys than this are over before a second kernel has started.
+MOST_SPLITS = 64
+FEWEST_SPLIT_KEYS = 256
+
 # 32 rows of 128 half-precision elements are 32 bytes a thread from each input, two loads of 16.
 BACKWARD_ROWS = RowTiles(32, 8)
 
@@ -192,19 +257,38 @@ def place_of(table: tuple[Row, ...], target: Target, row: Row) -> Place:
 
 
 def attention_forward_tiles(
-    target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int
+    target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int, is_plain: bool = True
 ) -> AttentionTiles:
     """The forward's launch parameters: for a target, arithmetic and head dimension at most 3 as lengths go."""
-    return _first(FORWARD, target, _arithmetic(dtype, precision), head_dim, q_len)
+    return _first(FORWARD, target, _arithmetic(dtype, precision), head_dim, q_len, is_plain)
 
 
-def attention_backward_tiles(target: Target, precision: str, dtype: torch.dtype, head_dim: int) -> BackwardTiles:
+def attention_decode_tiles(
+    target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int, group: int, kv_len: int
+) -> DecodeTiles | None:
+    """The decode kernel's launch parameters; None: the forward's kernel is the better.
+
+    Splits depend on the keys alone, so that a sequence is computed the same way whatever else is in the batch.
+    """
+    if q_len > MOST_DECODED_QUERIES:
+        return None
+    try:
+        tiles = _first(DECODE, target, _arithmetic(dtype, precision), head_dim, q_len * group, False)
+    except LookupError:
+        return None
+    keys = max(FEWEST_SPLIT_KEYS, -(-kv_len // MOST_SPLITS))
+    return DecodeTiles(tiles, -(-keys // tiles.block_n) * tiles.block_n)
+
+
+def attention_backward_tiles(
+    target: Target, precision: str, dtype: torch.dtype, head_dim: int, is_plain: bool = True
+) -> BackwardTiles:
     """The backward's launch parameters, which do not depend on lengths."""
     arithmetic = _arithmetic(dtype, precision)
     return BackwardTiles(
         BACKWARD_ROWS,
-        _first(BACKWARD_KEY_VALUE, target, arithmetic, head_dim, 0),
-        _first(BACKWARD_QUERY, target, arithmetic, head_dim, 0),
+        _first(BACKWARD_KEY_VALUE, target, arithmetic, head_dim, 0, is_plain),
+        _first(BACKWARD_QUERY, target, arithmetic, head_dim, 0, is_plain),
     )
 
 
@@ -212,10 +296,13 @@ def _arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-def _first(table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: int, q_len: int) -> AttentionTiles:
+def _first(
+    table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: int, q_len: int, is_plain: bool
+) -> AttentionTiles:
     for row in table:
         serves = target.name in row.targets and arithmetic == row.arithmetic
+        serves = serves and row.scores in ("any", "plain" if is_plain else "rich")
         if serves and head_dim <= row.head_dim and q_len <= row.q_len:
-            numbers = measured_numbers(place_of(table, target, row))
+            numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
             return row.tiles if numbers is None else AttentionTiles(**numbers)
     raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")

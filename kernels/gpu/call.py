@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .tile import Heads
+
 
 @dataclass(frozen=True)
 class Call:
@@ -35,6 +37,20 @@ class Call:
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     """The strides of `tensor` as the kernels name them: `query_stride_b`, `query_stride_h`, ..."""
     return {f"{name}_stride_{dim}": stride for dim, stride in zip(dims, tensor.stride())}
+
+
+def unspecialized(number: int) -> int:
+    """`number` as Triton compiles it once for all: inside a tuple it has variants for 1, multiples of 16 and 32 bits.
+
+    An odd number beyond 32 bits is none of these; `tile.stride_of` reads it.
+    """
+    return 2**62 + 2 * number + 1
+
+
+def heads(tensor: torch.Tensor) -> Heads:
+    """A tensor [B, H, T, D] as kernels take it. Only its last stride is compiled in, if it is 1."""
+    stride_b, stride_h, stride_t, stride_d = tensor.stride()
+    return Heads(tensor, unspecialized(stride_b), unspecialized(stride_h), unspecialized(stride_t), stride_d)
 
 
 def alignment_of(*tensors: torch.Tensor) -> int:

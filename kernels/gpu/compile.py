@@ -16,7 +16,14 @@ from triton.compiler import ASTSource
 from .call import Call
 from .targets import Target
 
-TRITON_DTYPE = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+TRITON_DTYPE = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 
 # The instructions that multiply matrices, as they read in SASS or in AMD's assembly. Hopper's and Blackwell's own
 # take 64 rows at least; smaller tiles use Ampere's there too.
@@ -71,25 +78,40 @@ def options_of(call: Call) -> dict[str, Any]:
 
 def source_of(call: Call) -> Any:
     """The kernel and the types of its arguments, specialized as Triton specializes them at a launch."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, parameter in enumerate(call.kernel.params):
         argument = call.arguments[parameter.name]
-        is_specialized = isinstance(argument, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or argument is None or (is_specialized and argument == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = argument
-        elif isinstance(argument, torch.Tensor):
-            signature[parameter.name] = "*" + TRITON_DTYPE[argument.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(argument, float):
-            signature[parameter.name] = "fp32"
+        if parameter.is_constexpr:
+            types[parameter.name], constants[position,] = "constexpr", argument
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
-            if is_specialized and argument % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(call.kernel, signature, constants, attributes)
+            types[parameter.name] = _type_of(argument, (position,), not parameter.do_not_specialize, constants, hints)
+    return ASTSource(call.kernel, types, constants, hints)
+
+
+def _type_of(
+    argument: Any,
+    path: tuple[int, ...],
+    specialize: bool,
+    constants: dict[tuple[int, ...], Any],
+    hints: dict[tuple[int, ...], list[list[Any]]],
+) -> Any:
+    """Triton's type of what lies at `path` in the arguments, with what it is constant or divisible by written down."""
+    if isinstance(argument, tuple):  # of which nothing can be exempted from specialization
+        types = [_type_of(each, (*path, i), True, constants, hints) for i, each in enumerate(argument)]
+        return type(argument)(*types) if hasattr(argument, "_fields") else tuple(types)
+    if argument is None or (specialize and isinstance(argument, int) and argument == 1):
+        constants[path] = argument
+        return "constexpr"
+    if isinstance(argument, torch.Tensor):
+        hints[path] = [["tt.divisibility", 16]]
+        return "*" + TRITON_DTYPE[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
+    if specialize and argument % 16 == 0:
+        hints[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
 
 
 def read(compiled: Any, target: Target) -> Compilation:

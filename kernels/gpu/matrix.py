@@ -6,15 +6,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from ..options import AttentionOptions
 from .attention_backward import BackwardInputs, attention_backward_rows_call
 from .attention_backward_key_value import attention_backward_key_value_call
 from .attention_backward_query import attention_backward_query_call
+from .attention_decode import attention_decode_calls
 from .attention_forward import attention_forward_call
-from .attention_launch import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS, FORWARD, AttentionTiles, Row
+from .attention_inputs import AttentionInputs
+from .attention_launch import (
+    BACKWARD_KEY_VALUE,
+    BACKWARD_QUERY,
+    BACKWARD_ROWS,
+    DECODE,
+    FORWARD,
+    AttentionTiles,
+    DecodeTiles,
+    Row,
+)
 from .call import Call
 from .compile import Compilation
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
@@ -25,6 +38,7 @@ from .targets import Device, Target
 # B, H, T of the calls that are compiled: no size but the head dimension and the width changes the code.
 BATCH, HEADS, LENGTH = 2, 12, 1024
 PROCESSORS = 132
+PAGE_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +81,7 @@ class AttentionShape:
     head_dim: int
     is_causal: bool = True
     precision: str = "ieee"
+    feature: str = ""  # of FEATURES
 
     def heads(self) -> torch.Tensor:
         """[B, H, T, D] in memory (B, T, H, D), as a projection leaves it."""
@@ -74,37 +89,47 @@ class AttentionShape:
 
     def forward(self, tiles: AttentionTiles) -> Call:
         """The forward launch."""
-        output, logsumexp = self.heads(), _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
-        return attention_forward_call(
-            self.heads(), self.heads(), self.heads(), output, logsumexp, self.is_causal, 0.125, tiles, self.precision
-        )
+        return attention_forward_call(self._inputs(), self.heads(), self._statistics(), tiles)
+
+    def decode(self, tiles: AttentionTiles) -> Call:
+        """The launch that splits the keys."""
+        output = _meta(BATCH, LENGTH, HEADS, self.head_dim, dtype=self.dtype).transpose(1, 2)
+        return attention_decode_calls(self._inputs(), output, self._statistics(), DecodeTiles(tiles, 512))[0]
+
+    def merge(self) -> Call:
+        """The launch that merges what the splits found."""
+        tiles = DecodeTiles(AttentionTiles(16, 64, 4, 1), 512)
+        return attention_decode_calls(self._inputs(), self.heads(), self._statistics(), tiles)[1]
 
     def key_value(self, tiles: AttentionTiles) -> Call:
         """The launch for the gradients of key and value."""
-        return attention_backward_key_value_call(self._inputs(), self.heads(), self.heads(), tiles)
+        return attention_backward_key_value_call(self._backward_inputs(), self.heads(), self.heads(), tiles)
 
     def query(self, tiles: AttentionTiles) -> Call:
         """The launch for the gradient of query."""
-        return attention_backward_query_call(self._inputs(), self.heads(), tiles)
+        return attention_backward_query_call(self._backward_inputs(), self.heads(), tiles)
 
     def rows(self) -> Call:
         """The launch for what the backward needs of each row."""
-        statistics = _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
-        return attention_backward_rows_call(
-            self.heads(), self.heads(), statistics, statistics, statistics, BACKWARD_ROWS
-        )
+        return attention_backward_rows_call(self.heads(), self._statistics(), self._backward_inputs(), BACKWARD_ROWS)
 
-    def _inputs(self) -> BackwardInputs:
-        statistics = _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
-        grad_output, query, key, value = (self.heads() for _ in range(4))
-        return BackwardInputs(
-            grad_output, query, key, value, statistics, statistics, self.is_causal, 0.125, self.precision
-        )
+    def _statistics(self) -> torch.Tensor:
+        return _meta(BATCH, HEADS, LENGTH, dtype=torch.float32)
+
+    def _inputs(self) -> AttentionInputs:
+        options = AttentionOptions.plain(self.is_causal, 0.125)._replace(**FEATURES[self.feature](self.dtype))
+        key = self.heads()
+        if options.block_table is not None:
+            key = _meta(LENGTH, PAGE_SIZE, HEADS, self.head_dim, dtype=self.dtype).transpose(1, 2)
+        return AttentionInputs(self.heads(), key, key, options, self.precision)
+
+    def _backward_inputs(self) -> BackwardInputs:
+        return BackwardInputs(self._inputs(), self.heads(), self._statistics(), self._statistics())
 
     def __str__(self) -> str:
         precision = f" {self.precision}" if self.dtype == torch.float32 else ""
         causal = " causal" if self.is_causal else ""
-        return f"{_name(self.dtype)}{precision} D {self.head_dim}{causal}"
+        return f"{_name(self.dtype)}{precision} D {self.head_dim}{causal}{' ' * bool(self.feature)}{self.feature}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -115,17 +140,69 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _integers(*shape: int) -> torch.Tensor:
+    return _meta(*shape, dtype=torch.int32)
+
+
+def _mask(dtype: torch.dtype) -> dict[str, Any]:
+    return {"mask": _meta(BATCH, HEADS, LENGTH, LENGTH, dtype=dtype)}
+
+
+def _softcap(_: torch.dtype) -> dict[str, Any]:
+    return {"softcap": 30.0}
+
+
+def _slopes(_: torch.dtype) -> dict[str, Any]:
+    return {"alibi_slopes": _meta(BATCH, HEADS, dtype=torch.float32)}
+
+
+def _dropout(_: torch.dtype) -> dict[str, Any]:
+    return {"seed": _meta(1, dtype=torch.int64), "dropout_p": 0.1}
+
+
+# What a call may ask for that changes the code, by the name it has in the matrix: the options of a dtype.
+FEATURES: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
+    "": lambda _: {},
+    "window": lambda _: {
+        "window_left": 100,
+        "lower_right": True,
+        "query_starts": _integers(BATCH + 1),
+        "key_starts": _integers(BATCH + 1),
+        "longest_query": LENGTH,
+    },
+    "paged": lambda _: {"block_table": _integers(BATCH, 64), "key_lengths": _integers(BATCH)},
+    "mask": lambda _: _mask(torch.bool),
+    "bias": _mask,
+    "softcap": _softcap,
+    "slopes": _slopes,
+    "dropout": _dropout,
+    "everything": lambda dtype: _mask(dtype) | _softcap(dtype) | _slopes(dtype) | _dropout(dtype) | {"window_left": 99},
+}
+PLAIN = ("", "window")
+RICH = ("dropout", "everything")
+DECODED = ("", "paged", "everything")
+KERNELS = (
+    ("forward", FORWARD, PLAIN),
+    ("decode", DECODE, DECODED),
+    ("key_value", BACKWARD_KEY_VALUE, PLAIN),
+    ("query", BACKWARD_QUERY, PLAIN),
+)
+
+
 def attention_cases(target: Target) -> Iterator[Case]:
-    """Every row of the attention tables that serves `target`, at its largest head dimension, causal."""
-    for kernel, table in (("forward", FORWARD), ("key_value", BACKWARD_KEY_VALUE), ("query", BACKWARD_QUERY)):
+    """Every row of the attention tables that serves `target`, at its largest head dimension, with what it serves."""
+    for kernel, table, features in KERNELS:
         for row in table:
-            if target.name in row.targets:
-                shape = _shape(row)
+            if target.name not in row.targets:
+                continue
+            for feature in RICH if row.scores == "rich" else features:
+                shape = dataclasses.replace(_shape(row), feature=feature)
                 call = getattr(shape, kernel)(row.tiles)
                 name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
                 yield Case(name, target, call, row.arithmetic != "ieee", row.spills)
     shape = AttentionShape(torch.bfloat16, 128)
     yield Case(f"attention rows {shape}", target, shape.rows())
+    yield Case(f"attention merge {shape}", target, shape.merge())
 
 
 def _shape(row: Row) -> AttentionShape:

@@ -1,15 +1,56 @@
-"""What the Triton kernels share: loading a tile under masks, and strides of known alignment."""
+"""What the Triton kernels share: tensors as kernels take them, loading a tile, and strides of known alignment."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Heads(NamedTuple):
+    """A tensor [B, H, T, D] of any strides; `call.heads` makes one."""
+
+    pointer: tl.tensor
+    stride_b: tl.tensor  # as `call.unspecialized` writes numbers, and so the next two
+    stride_h: tl.tensor
+    stride_t: tl.tensor
+    stride_d: tl.tensor
+
+
+class Head(NamedTuple):
+    """One head [T, D] of such a tensor."""
+
+    pointer: tl.tensor
+    stride_t: tl.tensor
+    stride_d: tl.tensor
 
 
 @triton.jit
 def aligned(stride: tl.tensor, ALIGNMENT: tl.constexpr) -> tl.tensor:
     """Widen a stride to 64 bits and promise the compiler that it is a multiple of ALIGNMENT elements."""
     return tl.multiple_of(stride.to(tl.int64), ALIGNMENT)
+
+
+@triton.jit
+def stride_of(number: tl.tensor, ALIGNMENT: tl.constexpr) -> tl.tensor:
+    """The stride that `call.unspecialized` was given, likewise."""
+    return tl.multiple_of((number >> 1) - 2**61, ALIGNMENT)
+
+
+@triton.jit
+def head_of(heads: Heads, batch: tl.tensor, head: tl.tensor, first: tl.tensor, ALIGNMENT: tl.constexpr) -> Head:
+    """Tokens `first`, first + 1, ... of one head."""
+    stride_t = stride_of(heads.stride_t, ALIGNMENT)
+    pointer = heads.pointer + batch * stride_of(heads.stride_b, ALIGNMENT)
+    pointer += head.to(tl.int64) * stride_of(heads.stride_h, ALIGNMENT) + first * stride_t
+    return Head(pointer, stride_t, heads.stride_d)
+
+
+@triton.jit
+def step(head: Head, tokens: tl.tensor) -> Head:
+    """The head from so many tokens on."""
+    return Head(head.pointer + tokens * head.stride_t, head.stride_t, head.stride_d)
 
 
 @triton.jit
@@ -30,6 +71,28 @@ def load_tile(
     else:
         tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_tokens(
+    head: Head,  # from token `first` on
+    first: tl.tensor,
+    low: tl.tensor,
+    end: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile
+) -> tl.tensor:
+    """BLOCK tokens of a head, [BLOCK, BLOCK_DIM]; if MASKED, only those with low <= number < end are read."""
+    tokens = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, BLOCK_DIM)[None, :]
+    offsets = tokens * head.stride_t + dims * head.stride_d
+    if not WIDE_OFFSETS:
+        offsets = offsets.to(tl.int32)
+    row_mask = (first + tokens >= low) & (first + tokens < end)
+    return load_tile(head.pointer + offsets, row_mask, dims < DIM, MASKED, BLOCK_DIM != DIM)
 
 
 @triton.jit

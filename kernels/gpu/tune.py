@@ -60,10 +60,11 @@ def questions(
     candidates: Callable[[Row], tuple[Numbers, ...]] | None = None,
     torch_device: str = "cuda",
 ) -> Iterator[Question]:
-    """One for each row that serves `device`, of the tables named in `only`, or of all; TF32's rows stay as they are."""
+    """One for each row that serves `device`, of the tables named in `only`, or of all, but for TF32 or rich scores."""
     for name, table in TABLES.items():
         for row in table:
-            if device.target.name in row.targets and row.arithmetic != "tf32" and (not only or name in only):
+            is_asked = row.arithmetic != "tf32" and row.scores == "plain" and (not only or name in only)
+            if device.target.name in row.targets and is_asked:
                 yield Question(
                     place_of(table, device.target, row),
                     asdict(row.tiles),

@@ -20,8 +20,9 @@ def inputs(B, H, Hkv, T, S, D, Dv=None, dtype=torch.float32, seed=0):
 
 def gradients(kernels, query, key, value, grad_output, is_causal, scale, tiles=SMALL):
     """Ours, from our own forward."""
-    output, logsumexp = kernels.attention(query, key, value, is_causal, scale, tiles=tiles)
-    return kernels.attention_backward(grad_output, query, key, value, output, logsumexp, is_causal, scale, tiles=tiles)
+    options = reference.AttentionOptions.plain(is_causal, scale)
+    output, logsumexp = kernels.attention(query, key, value, *options, tiles=tiles)
+    return kernels.attention_backward(grad_output, query, key, value, output, logsumexp, *options, tiles=tiles)
 
 
 def rival_gradients(query, key, value, grad_output, is_causal, scale):
@@ -175,24 +176,25 @@ def test_the_future_touches_nothing(kernels, poison):
 )
 def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
     query, key, value, grad_output = inputs(1, 1, 1, 5, 5, 16)
-    results = change(grad_output, *kernels.attention(query, key, value, True, 1.0))
+    options = reference.AttentionOptions.plain(True, 1.0)
+    results = change(grad_output, *kernels.attention(query, key, value, *options))
     with pytest.raises(error, match=name):
-        kernels.attention_backward(results[0], query, key, value, *results[1:], True, 1.0)
+        kernels.attention_backward(results[0], query, key, value, *results[1:], *options)
 
 
 @pytest.mark.parametrize(
     ("mistake", "module", "old", "new"),
     [
-        ("the scale of grad_key is dropped", "_key_value", "(grad_key_tile * scale)", "(grad_key_tile)"),
-        ("the scale of grad_query is dropped", "_query", "(grad_query_tile * scale)", "(grad_query_tile)"),
-        ("the mask is late", "_key_value", "keys[:, None] <= rows[None, :]", "keys[:, None] < rows[None, :]"),
-        ("the mask is early", "_query", "keys[None, :] <= rows[:, None]", "keys[None, :] <= rows[:, None] + 1"),
-        ("delta is left out", "", "tl.sum(product, 1)", "tl.sum(product, 1) * 0"),
-        ("the last queries are left out", "_key_value", "+ has_end.to(tl.int32)", ""),
-        ("one head of a group is heard", "_key_value", "group * masked_tiles", "masked_tiles"),
+        ("the scale of grad_key is dropped", "backward_key_value", "grad_key_tile * rule.scale", "grad_key_tile"),
+        ("the scale of grad_query is dropped", "backward_query", "(grad_query_tile * rule.scale)", "(grad_query_tile)"),
+        ("the mask is late", "score", "queries + band.last + 1", "queries + band.last + 2"),
+        ("the walk begins late", "sequence", "low = tl.maximum(first_key - band.last, 0)", "low = first_key + 1"),
+        ("delta is left out", "backward", "tl.sum(product, 1)", "tl.sum(product, 1) * 0"),
+        ("the last queries are left out", "backward_key_value", "stages.end - stages.full_end", "stages.end * 0"),
+        ("one head of a group is heard", "backward_key_value", "group * masked_tiles", "masked_tiles"),
     ],
 )
 def test_mistakes_are_seen(mutant, mistake, module, old, new):
-    wrong = mutant("attention_backward" + module, old, new)
+    wrong = mutant("attention_" + module, old, new)
     with pytest.raises(AssertionError, match="error"):
         assert_exact(wrong, *inputs(1, 2, 1, 33, 33, 16), is_causal=True)

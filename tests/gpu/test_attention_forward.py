@@ -9,6 +9,7 @@ from trilby.kernels.gpu.attention_launch import AttentionTiles
 
 # Small tiles make short sequences cross many of them; lengths around multiples of 16 and 32 meet every stage.
 SMALL = AttentionTiles(block_m=32, block_n=16, num_warps=4, num_stages=1)
+FULL, CAUSAL = (reference.AttentionOptions.plain(is_causal, 0.25) for is_causal in (False, True))
 WIDE = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1)
 
 
@@ -23,7 +24,7 @@ def assert_exact(kernels, query, key, value, is_causal=False, scale=None, tiles=
     """Ours as exact as PyTorch's, against float64."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = reference.AttentionOptions.plain(is_causal, scale)
-    output, logsumexp = kernels.attention(query, key, value, is_causal, scale, tiles=tiles)
+    output, logsumexp = kernels.attention(query, key, value, *options, tiles=tiles)
     true_output, true_logsumexp = reference.attention(query.double(), key.double(), value.double(), *options)
     rival = F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -79,7 +80,7 @@ def test_query_heads_share_key_heads(kernels, H, Hkv):
 )
 def test_zero_sizes(kernels, shape):
     query, key, value = inputs(*shape)
-    output, logsumexp = kernels.attention(query, key, value, False, 1.0)
+    output, logsumexp = kernels.attention(query, key, value, *FULL)
     assert torch.equal(output, torch.zeros_like(query))
     assert torch.equal(logsumexp, torch.full(query.shape[:3], -torch.inf))
 
@@ -130,14 +131,14 @@ def test_any_strides(kernels, layout, position):
     tensors = list(inputs(2, 2, 2, 17, 17, 16))
     tensors[position] = layout(tensors[position])
     copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    ours = kernels.attention(*tensors, True, 0.25, tiles=SMALL)
-    expected = kernels.attention(*copies, True, 0.25, tiles=SMALL)
+    ours = kernels.attention(*tensors, *CAUSAL, tiles=SMALL)
+    expected = kernels.attention(*copies, *CAUSAL, tiles=SMALL)
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
 
 
 def test_output_lies_in_memory_as_tokens_then_heads(kernels):
-    output, _ = kernels.attention(*inputs(2, 3, 3, 5, 5, 16), True, 1.0)
+    output, _ = kernels.attention(*inputs(2, 3, 3, 5, 5, 16), *CAUSAL)
     assert output.transpose(1, 2).is_contiguous()
 
 
@@ -146,8 +147,8 @@ def test_output_lies_in_memory_as_tokens_then_heads(kernels):
 def test_what_is_not_finite_propagates(kernels, position, poison):
     tensors = inputs(1, 1, 1, 40, 40, 16)
     tensors[position][0, 0, 7, 3] = poison
-    output, _ = kernels.attention(*tensors, False, 0.25, tiles=SMALL)
-    expected = F.scaled_dot_product_attention(*tensors, scale=0.25)
+    output, _ = kernels.attention(*tensors, *FULL, tiles=SMALL)
+    expected = F.scaled_dot_product_attention(*tensors, scale=FULL.scale)
     assert torch.equal(output.isnan(), expected.isnan())
     assert torch.equal(output.isinf(), expected.isinf())
 
@@ -155,9 +156,9 @@ def test_what_is_not_finite_propagates(kernels, position, poison):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_keys_past_a_tile_of_the_future_touch_nothing(kernels, poison):
     query, key, value = inputs(1, 1, 1, 96, 96, 16)
-    expected, _ = kernels.attention(query, key, value, True, 0.25, tiles=SMALL)
+    expected, _ = kernels.attention(query, key, value, *CAUSAL, tiles=SMALL)
     key[:, :, 64:], value[:, :, 64:] = poison, poison
-    output, _ = kernels.attention(query, key, value, True, 0.25, tiles=SMALL)
+    output, _ = kernels.attention(query, key, value, *CAUSAL, tiles=SMALL)
     assert torch.equal(output[:, :, :64], expected[:, :, :64])
 
 
@@ -174,7 +175,7 @@ def test_rows_whose_first_tiles_score_minus_infinity(kernels):
 
 def test_twice_the_same_bits(kernels):
     tensors = inputs(1, 2, 1, 40, 40, 32, dtype=torch.float16)
-    first, second = (kernels.attention(*tensors, True, 0.2, tiles=SMALL) for _ in range(2))
+    first, second = (kernels.attention(*tensors, *CAUSAL, tiles=SMALL) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
@@ -193,21 +194,21 @@ def test_twice_the_same_bits(kernels):
 )
 def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
     with pytest.raises(error, match=name):
-        kernels.attention(*change(*inputs(1, 1, 1, 5, 5, 16)), True, 1.0)
+        kernels.attention(*change(*inputs(1, 1, 1, 5, 5, 16)), *CAUSAL)
 
 
 @pytest.mark.parametrize(
-    ("mistake", "old", "new"),
+    ("mistake", "module", "old", "new"),
     [
-        ("the scale is dropped", "tl.abs(scale) * LOG2_E", "LOG2_E"),
-        ("the mask is one key late", "keys[None, :] <= rows[:, None]", "keys[None, :] <= rows[:, None] + 1"),
-        ("the mask is one key early", "keys[None, :] <= rows[:, None]", "keys[None, :] < rows[:, None]"),
-        ("the end is not masked", "visible = keys[None, :] < kv_len", "visible = keys[None, :] >= 0"),
-        ("the sum does not decay", "row_sum = row_sum * decay", "row_sum = row_sum"),
-        ("the last tile is left out", "end_key = kv_len", "end_key = kv_len - 1"),
+        ("the scale is dropped", "score", "Scoring(tl.abs(rule.scale)", "Scoring(tl.abs(rule.scale) * 0 + 1"),
+        ("the mask is one key late", "score", "queries + band.last + 1", "queries + band.last + 2"),
+        ("the mask is one key early", "score", "queries + band.last + 1", "queries + band.last"),
+        ("the end is not masked", "score", "    end = band.keys\n", "    end = band.keys + 999\n"),
+        ("the sum does not decay", "forward", "row_sum = row_sum * decay", "row_sum = row_sum"),
+        ("the last key is left out", "sequence", "end = end_key\n    full_end", "end = end_key - 1\n    full_end"),
     ],
 )
-def test_mistakes_are_seen(mutant, mistake, old, new):
-    wrong = mutant("attention_forward", old, new)
+def test_mistakes_are_seen(mutant, mistake, module, old, new):
+    wrong = mutant(f"attention_{module}", old, new)
     with pytest.raises(AssertionError, match="error"):
         assert_exact_with_and_without_mask(wrong, *inputs(1, 1, 1, 33, 33, 16))

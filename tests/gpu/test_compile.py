@@ -26,8 +26,8 @@ def chosen(target, *patterns):
         SM_90,
         "attention forward bfloat16 D 64 causal 128x128",
         "attention forward bfloat16 D 128 causal 128x64",
-        "attention key_value bfloat16 D 64 ",
-        "attention query bfloat16 D 128 ",
+        "attention key_value bfloat16 D 64 causal 64x128",
+        "attention query bfloat16 D 128 causal 128x64",
         "attention rows",
         "norm forward bfloat16 N 1024",
         "norm backward bfloat16 N 1024",
@@ -39,7 +39,8 @@ def test_hopper(case):
 
 
 def test_hopper_multiplies_with_warpgroup_instructions():
-    compilation = compile_call(AttentionShape(torch.bfloat16, 64).forward(AttentionTiles(128, 128, 8, 2)), SM_90)
+    shape = AttentionShape(torch.bfloat16, 64, is_causal=False)  # nothing is hidden, and nothing guarded
+    compilation = compile_call(shape.forward(AttentionTiles(128, 128, 8, 2)), SM_90)
     assert "HGMMA" in compilation.assembly
     assert compilation.narrow_accesses == 1  # logsumexp
 
@@ -48,7 +49,13 @@ def test_hopper_multiplies_with_warpgroup_instructions():
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target(target):
     """One head dimension and width of every kernel; the whole matrix is `python -m trilby.kernels.gpu matrix`."""
-    for case in chosen(target, r"bfloat16 D 128 ", "norm (forward|backward) bfloat16 N (1024|65536)", "column sum bfl"):
+    for case in chosen(
+        target,
+        r"attention (forward|key_value|query) bfloat16 D 128 causal \d",
+        r"attention (rows|merge) ",
+        "norm (forward|backward) bfloat16 N (1024|65536)",
+        "column sum bfl",
+    ):
         assert case.faults(compile_call(case.call, case.target)) == [], case.name
 
 
@@ -70,6 +77,22 @@ def test_features_that_change_the_code(shape):
         compilation = compile_call(call, SM_90)
         assert compilation.spills == compilation.local_bytes == 0
         assert compilation.wide_accesses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100"])
+def test_whatever_is_asked_of_a_score(target):
+    """Masks, slopes, softcap, dropout and a window at once; the backward's are in the matrix alone."""
+    case = chosen(TARGETS[target], "attention forward bfloat16 .* everything")[0]
+    assert case.faults(compile_call(case.call, case.target)) == [], case.name
+
+
+def test_what_a_call_may_ask_for_is_in_the_matrix():
+    names = [case.name for case in attention_cases(SM_90)]
+    for kernel in ("forward", "key_value", "query"):
+        for feature in ("", " window", " dropout", " everything"):
+            assert any(re.search(rf"{kernel} bfloat16 D \d+ causal{feature} \d", name) for name in names)
+    assert any("decode bfloat16 D 128 causal paged" in name for name in names)
 
 
 def test_a_smaller_limit_or_a_missing_instruction_is_a_fault():

@@ -1,5 +1,6 @@
 """Launch parameters are data: pure functions choose them, and a new length or batch compiles nothing new."""
 
+import itertools
 import subprocess
 import sys
 
@@ -7,20 +8,28 @@ import pytest
 import torch
 import triton
 from trilby.kernels.gpu import attention_launch, norm_launch
-from trilby.kernels.gpu.attention import dot_precision
+from trilby.kernels.gpu.attention import attention_tiles, dot_precision
 from trilby.kernels.gpu.attention_backward import BackwardInputs, attention_backward_rows_call
 from trilby.kernels.gpu.attention_backward_key_value import attention_backward_key_value_call
 from trilby.kernels.gpu.attention_backward_query import attention_backward_query_call
+from trilby.kernels.gpu.attention_decode import attention_decode_calls
 from trilby.kernels.gpu.attention_forward import attention_forward_call
+from trilby.kernels.gpu.attention_inputs import AttentionInputs
 from trilby.kernels.gpu.compile import source_of
 from trilby.kernels.gpu.matrix import AttentionShape
 from trilby.kernels.gpu.norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
 from trilby.kernels.gpu.norm_forward import Dropout, NormResults, norm_forward_call
 from trilby.kernels.gpu.targets import NEAREST, TARGETS, Device, device_of, target_of
+from trilby.kernels.options import AttentionOptions
 from triton.backends.compiler import GPUTarget
 
 HALF, SINGLE = torch.bfloat16, torch.float32
-TABLES = (attention_launch.FORWARD, attention_launch.BACKWARD_KEY_VALUE, attention_launch.BACKWARD_QUERY)
+TABLES = (
+    attention_launch.FORWARD,
+    attention_launch.DECODE,
+    attention_launch.BACKWARD_KEY_VALUE,
+    attention_launch.BACKWARD_QUERY,
+)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -28,9 +37,30 @@ TABLES = (attention_launch.FORWARD, attention_launch.BACKWARD_KEY_VALUE, attenti
 def test_every_call_has_its_launch_parameters(target, head_dim):
     precisions = ["ieee", "tf32"] if target.backend == "cuda" else ["ieee"]
     for dtype, precision in [(HALF, "ieee"), *((SINGLE, precision) for precision in precisions)]:
-        attention_launch.attention_backward_tiles(target, precision, dtype, head_dim)
-        for q_len in (0, 1, 16, 17, 64, 65, 512, 10**6):
-            attention_launch.attention_forward_tiles(target, precision, dtype, head_dim, q_len)
+        for is_plain in (False, True):
+            attention_launch.attention_backward_tiles(target, precision, dtype, head_dim, is_plain)
+            for q_len in (0, 1, 16, 17, 64, 65, 512, 10**6):
+                attention_launch.attention_forward_tiles(target, precision, dtype, head_dim, q_len, is_plain)
+        for q_len in (0, 1, 16):
+            assert attention_launch.attention_decode_tiles(target, precision, dtype, head_dim, q_len, 1, 100)
+
+
+@pytest.mark.parametrize(
+    ("q_len", "group", "rows"),
+    [(1, 1, 16), (16, 1, 16), (17, 1, None), (4, 4, 16), (4, 8, 64), (16, 4, 64), (9, 8, None)],
+)
+def test_decoding_holds_all_queries_of_a_key_head(q_len, group, rows):
+    tiles = attention_launch.attention_decode_tiles(TARGETS["sm_90"], "ieee", HALF, 128, q_len, group, 10**4)
+    assert (tiles and tiles.attention.block_m) == rows
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("kv_len", [0, 1, 256, 257, 10**4, 10**6])
+def test_splits_are_few_and_whole_tiles(target, kv_len):
+    tiles = attention_launch.attention_decode_tiles(target, "ieee", HALF, 64, 1, 1, kv_len)
+    assert tiles.split_keys % tiles.attention.block_n == 0
+    assert tiles.split_keys * attention_launch.MOST_SPLITS >= kv_len
+    assert tiles.split_keys >= attention_launch.FEWEST_SPLIT_KEYS
 
 
 @pytest.mark.parametrize("row", [row for table in TABLES for row in table], ids=lambda row: row.reason[:40])
@@ -38,22 +68,21 @@ def test_every_row_says_why_and_names_targets(row):
     assert row.reason
     assert set(row.targets) <= set(TARGETS)
     assert row.arithmetic in ("half", "ieee", "tf32")
+    assert row.scores in ("plain", "rich", "any")
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_is_reached(table):
-    reached = {
-        (name, arithmetic, head_dim, q_len): next(
-            row
-            for row in table
-            if name in row.targets and arithmetic == row.arithmetic and head_dim <= row.head_dim and q_len <= row.q_len
-        )
-        for name in TARGETS
-        for arithmetic in (("half", "ieee", "tf32") if TARGETS[name].backend == "cuda" else ("half", "ieee"))
-        for head_dim in (64, 128, 256)
-        for q_len in (1, 64, 512)
-    }
-    assert set(table) == set(reached.values())
+    reached = set()
+    for name, arithmetic, head_dim, q_len, scores in itertools.product(
+        TARGETS, ("half", "ieee", "tf32"), (64, 128, 256), (1, 32, 64, 512), ("plain", "rich")
+    ):
+        for row in table:
+            serves = name in row.targets and arithmetic == row.arithmetic and row.scores in ("any", scores)
+            if serves and head_dim <= row.head_dim and q_len <= row.q_len:
+                reached.add(row)
+                break
+    assert reached == set(table)
 
 
 class NoGpu:
@@ -87,18 +116,33 @@ def heads(T, D):
     return torch.empty(1, T, 2, D, dtype=HALF).transpose(1, 2)
 
 
-def forward_call(T, D):
-    tiles = attention_launch.attention_forward_tiles(TARGETS["sm_90"], "ieee", HALF, D, T)
-    tensors = [heads(T, D) for _ in range(4)]
-    return attention_forward_call(*tensors, torch.empty(1, 2, T), True, 0.125, tiles, "ieee")
+def attention_inputs(T, D, feature=""):
+    options = AttentionOptions.plain(True, 0.125)
+    if feature == "everything":
+        mask, slopes, seed = torch.empty(1, 2, T, T), torch.empty(1, 2), torch.empty(1, dtype=torch.int64)
+        options = options._replace(
+            mask=mask, alibi_slopes=slopes, seed=seed, window_left=99, softcap=1.5, dropout_p=0.1
+        )
+    if feature == "packed":
+        starts = torch.empty(4, dtype=torch.int32)
+        options = options._replace(query_starts=starts, key_starts=starts, longest_query=T, lower_right=True)
+    return AttentionInputs(heads(T, D), heads(T, D), heads(T, D), options)
 
 
-def backward_calls(T, D):
-    launch = attention_launch.attention_backward_tiles(TARGETS["sm_90"], "ieee", HALF, D)
-    statistics = torch.empty(1, 2, T)
-    inputs = BackwardInputs(*(heads(T, D) for _ in range(4)), statistics, statistics, True, 0.125, "ieee")
+def forward_calls(T, D, feature=""):
+    inputs, output, logsumexp = attention_inputs(T, D, feature), heads(T, D), torch.empty(1, 2, T)
+    tiles = attention_tiles(TARGETS["sm_90"], inputs)
+    if isinstance(tiles, attention_launch.DecodeTiles):
+        return attention_decode_calls(inputs, output, logsumexp, tiles)
+    return (attention_forward_call(inputs, output, logsumexp, tiles),)
+
+
+def backward_calls(T, D, feature=""):
+    forward, statistics = attention_inputs(T, D, feature), torch.empty(1, 2, T)
+    launch = attention_launch.attention_backward_tiles(TARGETS["sm_90"], "ieee", HALF, D, forward.is_plain)
+    inputs = BackwardInputs(forward, heads(T, D), statistics, statistics)
     return [
-        attention_backward_rows_call(heads(T, D), heads(T, D), statistics, statistics, statistics, launch.rows),
+        attention_backward_rows_call(heads(T, D), statistics, inputs, launch.rows),
         attention_backward_key_value_call(inputs, heads(T, D), heads(T, D), launch.key_value),
         attention_backward_query_call(inputs, heads(T, D), launch.query),
     ]
@@ -122,9 +166,14 @@ def norm_backward_launches(rows, width):
 
 
 LAUNCHES = [
-    forward_call(100, 64),
-    forward_call(100, 20),
+    *forward_calls(100, 64),
+    *forward_calls(100, 20),
+    *forward_calls(100, 64, "everything"),
+    *forward_calls(100, 64, "packed"),
+    *forward_calls(1, 64),
     *backward_calls(100, 80),
+    *backward_calls(100, 80, "everything"),
+    *backward_calls(100, 80, "packed"),
     norm_call(6),
     *norm_backward_launches(6, 1000),
     *norm_backward_launches(6, 10000),
@@ -141,10 +190,11 @@ def test_the_matrix_compiles_what_a_launch_compiles(compilations, call):
     assert {position: hint for position, hint in launched["configs"][0].items() if hint} == compiled.attrs
 
 
-@pytest.mark.parametrize("D", [64, 80, 40, 20])
-def test_lengths_1_to_512_take_at_most_4_compilations(compilations, D):
+@pytest.mark.parametrize(("D", "feature"), [(64, ""), (80, ""), (40, "packed"), (20, "")])
+def test_lengths_1_to_512_take_at_most_4_compilations(compilations, D, feature):
     for T in range(1, 513):
-        forward_call(T, D).run(torch.device("cpu"))
+        for call in forward_calls(T, D, feature):
+            call.run(torch.device("cpu"))
     assert 1 <= len(compilations) <= 4
 
 
