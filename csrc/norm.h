@@ -14,9 +14,10 @@ namespace trilby::TRILBY_LEVEL {
 // Chains of additions that run at once, each of a pair, to hide the latency of an addition.
 constexpr int CHAINS = 2;
 
-// Calls step(column, Whole or Rest, chain) along a row.
+// Calls step(column, Whole or Rest, chain) along a row. Inlined always, and steps capture what they read by value: a
+// pointer that is captured by reference is loaded again after every store, a third of all instructions where that was so.
 template <class Step>
-static inline void walk(int64_t width, const Step& step) {
+static inline __attribute__((always_inline)) void walk(int64_t width, const Step& step) {
   int64_t column = 0;
   for (; column + CHAINS * PAIR <= width; column += CHAINS * PAIR) {
     for (int chain = 0; chain < CHAINS; chain++) step(column + chain * PAIR, Whole{}, chain);

@@ -43,7 +43,7 @@ struct WeightGradients {
 template <class Format, bool CENTERED>
 Means add_weight_gradients(const Row<Format> row, const float* weight, const WeightGradients to, int64_t width) {
   Pair sums_g[CHAINS] = {}, sums_gd[CHAINS] = {};
-  walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
+  walk(width, [=, &sums_g, &sums_gd](int64_t column, auto step, int chain) __attribute__((always_inline)) {
     const Pair grad = load_pair<Format>(row.grad_normalized + column, step);
     const Pair moment = grad * (load_pair<Format>(row.summed + column, step) - row.mean);
     const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
@@ -67,7 +67,7 @@ void input_gradients(const Row<Format> row, const Row<Format> ahead, const Means
                      const InputGradients<Format> to, int64_t width) {
   // Into the second level: three rows at once would crowd the first (7 % faster measured at (8192, 1600), fp32).
   const float slope = means.gd * row.rstd * row.rstd * row.rstd;
-  walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
+  walk(width, [=](int64_t column, auto step, int) __attribute__((always_inline)) {
     fetch<NEAR>(ahead.grad_normalized + column);
     fetch<NEAR>(ahead.summed + column);
     const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
@@ -116,7 +116,7 @@ void add_chunks(float* sums, int64_t chunks, int64_t chunk_stride, int64_t colum
     for (int64_t chunk = 0; chunk + span < chunks; chunk += 2 * span) {
       float* to = sums + chunk * chunk_stride;
       const float* more = to + span * chunk_stride;
-      walk(columns, [&](int64_t i, auto step, int) {
+      walk(columns, [=](int64_t i, auto step, int) {
         store_pair<Float32>(to + i, load_pair<Float32>(to + i, step) + load_pair<Float32>(more + i, step), step);
       });
     }
@@ -126,7 +126,7 @@ void add_chunks(float* sums, int64_t chunks, int64_t chunk_stride, int64_t colum
 template <class Format, class WeightFormat>
 void round_sums(const float* sums, void* to, int64_t begin, int64_t columns) {
   auto* elements = static_cast<typename WeightFormat::Element*>(to) + begin;
-  walk(columns, [&](int64_t i, auto step, int) {
+  walk(columns, [=](int64_t i, auto step, int) {
     const Pair pair = to_memory_order<Format, decltype(step)>(load_pair<Float32>(sums + i, step), step);
     store_in_order<WeightFormat>(elements + i, pair, step);
   });

@@ -30,7 +30,7 @@ struct Moments {
 template <class Source, bool SHIFT, bool ORIGIN>
 Moments moments(const typename Source::Element* row, int64_t width, float origin) {
   Pair sums[CHAINS] = {}, squares[CHAINS] = {};
-  walk(width, [&](int64_t column, auto step, int chain) __attribute__((always_inline)) {
+  walk(width, [=, &sums, &squares](int64_t column, auto step, int chain) __attribute__((always_inline)) {
     Pair element = load_pair<Source>(row + column, step);
     if constexpr (ORIGIN) element = only_columns(element - origin, step);
     if constexpr (SHIFT) sums[chain] = sums[chain] + element;
@@ -72,7 +72,7 @@ template <class Source, class Format, Stores STORES, bool ORIGIN>
 void normalize(const typename Source::Element* row, const Statistics of, const Weights weights,
                typename Format::Element* normalized, const Ahead<Format> ahead, int64_t width) {
   const float offset = -of.shift * of.rstd;
-  walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
+  walk(width, [=](int64_t column, auto step, int) __attribute__((always_inline)) {
     fetch<NEAREST>(ahead.stream + column);
     if (ahead.branch) fetch<NEAREST>(ahead.branch + column);
     const Pair element = load_pair<Source>(row + column, step);
@@ -87,7 +87,7 @@ void normalize(const typename Source::Element* row, const Statistics of, const W
 template <class Format, Stores STORES>
 void add_branch(const typename Format::Element* stream, const typename Format::Element* branch, const float* factors,
                 typename Format::Element* summed, float* row, int64_t width) {
-  walk(width, [&](int64_t column, auto step, int) __attribute__((always_inline)) {
+  walk(width, [=](int64_t column, auto step, int) __attribute__((always_inline)) {
     Pair added = load_pair<Format>(branch + column, step);
     if (factors)
       added = added * to_pair_order<Format, decltype(step)>(load_in_order<Float32>(factors + column, step), step);
