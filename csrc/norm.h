@@ -15,12 +15,14 @@ namespace trilby::TRILBY_LEVEL {
 constexpr int CHAINS = 2;
 
 // Calls step(column, Whole or Rest, chain) along a row. Inlined always, and steps capture what they read by value: a
-// pointer that is captured by reference is loaded again after every store, a third of all instructions where that was so.
-template <class Step>
+// pointer that is captured by reference is loaded again after every store, which took a third of all instructions.
+template <int CHAINS = 1, class Step>
 static inline __attribute__((always_inline)) void walk(int64_t width, const Step& step) {
   int64_t column = 0;
-  for (; column + CHAINS * PAIR <= width; column += CHAINS * PAIR) {
-    for (int chain = 0; chain < CHAINS; chain++) step(column + chain * PAIR, Whole{}, chain);
+  if constexpr (CHAINS > 1) {
+    for (; column + CHAINS * PAIR <= width; column += CHAINS * PAIR) {
+      for (int chain = 0; chain < CHAINS; chain++) step(column + chain * PAIR, Whole{}, chain);
+    }
   }
   for (; column + PAIR <= width; column += PAIR) step(column, Whole{}, 0);
   if (column < width) step(column, Rest{width - column}, 0);
@@ -33,8 +35,7 @@ static inline Vector folded(Vector vector, std::integer_sequence<int, LANE...> l
   return vector;
 }
 
-static inline float total(const Pair (&chains)[CHAINS]) {
-  const Pair sum = chains[0] + chains[1];
+static inline float total(const Pair sum) {
   return folded<LANES / 2>(sum.first + sum.second, std::make_integer_sequence<int, LANES>{})[0];
 }
 
@@ -73,7 +74,7 @@ static inline bool streams(const NormShape& shape, const void* first, const void
 template <class Format, class WeightFormat>
 static inline void widen(const void* weight, int64_t width, float* to) {
   const auto* from = static_cast<const typename WeightFormat::Element*>(weight);
-  walk(width, [&](int64_t column, auto step, int) {
+  walk(width, [=](int64_t column, auto step, int) {
     const Pair pair = quieted(load_in_order<WeightFormat>(from + column, step));
     store_in_order<Float32>(to + column, to_pair_order<Format, decltype(step)>(pair, step), step);
   });
@@ -106,15 +107,23 @@ static inline void dropout_factors(const Dropout& dropout, int64_t row, int64_t 
   }
 }
 
-// A thread's own memory: two rows of floats and one of dropout factors.
-struct RowScratch {
-  float *rows[2], *factors;
+// Rows that are computed side by side where that pays. They share what is loaded and stored for each column: in the
+// backward of bf16 (1024, 12288), four rows take 0.77 and two 0.82 of the time of one. AVX-512 and Arm have 32
+// registers; the sums of four rows take 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS_AT_ONCE = 4;
+#else
+constexpr int ROWS_AT_ONCE = 2;
+#endif
 
-  explicit RowScratch(int64_t width) {
-    const int64_t floats = ceiling(width, RANDOM_GROUP) * RANDOM_GROUP;
-    rows[0] = static_cast<float*>(thread_scratch(static_cast<size_t>(3 * floats) * sizeof(float)));
-    rows[1] = rows[0] + floats;
-    factors = rows[1] + floats;
+// A thread's own memory: rows of floats, no two of which begin on the same set of a cache.
+struct RowScratch {
+  float* rows[2 * ROWS_AT_ONCE];
+
+  RowScratch(int64_t width, int count) {
+    const int64_t floats = ceiling(width, RANDOM_GROUP) * RANDOM_GROUP + 16;
+    rows[0] = static_cast<float*>(thread_scratch(static_cast<size_t>(count * floats) * sizeof(float)));
+    for (int i = 1; i < count; i++) rows[i] = rows[i - 1] + floats;
   }
 };
 

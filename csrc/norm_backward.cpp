@@ -5,8 +5,9 @@
 //     grad_branch = dropout(grad_stream)
 //     grad_weight = sum over rows of grad_normalized · u,   grad_bias = sum over rows of grad_normalized
 //
-// A row is read from memory once: the second pass over it finds it in the cache. The sums of a row are taken before the
-// second pass over the row above it, so that neither waits for the other, and the row below it is fetched meanwhile.
+// A row is read from memory once: the second pass over it finds it in the cache. The first pass takes several rows side
+// by side; the second takes them one by one, along memory as the processor's own prefetching likes it, and fetches the
+// rows of the next first pass meanwhile.
 // Traffic an element: two reads and one write, one read more with grad_summed, one write more with dropout.
 //
 // The weight gradients are summed in fp32 over chunks of rows, and then over the chunks as a tree: the same order for
@@ -27,6 +28,7 @@ struct Row {
   const typename Format::Element *grad_normalized, *grad_summed, *summed;
   float mean, rstd;
 
+  Row() = default;
   Row(const NormBackward& call, int64_t r)
       : grad_normalized(row_at<Format>(call.grad_normalized, r)),
         grad_summed(call.grad_summed.data ? row_at<Format>(call.grad_summed, r) : nullptr),
@@ -40,74 +42,97 @@ struct WeightGradients {
   float *weight, *bias;
 };
 
-template <class Format, bool CENTERED>
-Means add_weight_gradients(const Row<Format> row, const float* weight, const WeightGradients to, int64_t width) {
-  Pair sums_g[CHAINS] = {}, sums_gd[CHAINS] = {};
-  walk(width, [=, &sums_g, &sums_gd](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-    const Pair grad = load_pair<Format>(row.grad_normalized + column, step);
-    const Pair moment = grad * (load_pair<Format>(row.summed + column, step) - row.mean);
-    const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
-    if constexpr (CENTERED) sums_g[chain] = sums_g[chain] + grad * scale;
-    sums_gd[chain] = sums_gd[chain] + moment * scale;
-    store_pair<Float32>(to.weight + column, load_pair<Float32>(to.weight + column, step) + moment * row.rstd, step);
-    store_pair<Float32>(to.bias + column, load_pair<Float32>(to.bias + column, step) + grad, step);
-  });
-  const float count = static_cast<float>(width);
-  return {CENTERED ? total(sums_g) / count : 0.0f, total(sums_gd) / count};
-}
-
-template <class Format>
-struct InputGradients {
-  typename Format::Element *stream, *branch;  // branch: null without dropout
-  const float* factors;                       // of dropout, in memory order
-};
-
-template <class Format, Stores STORES>
-void input_gradients(const Row<Format> row, const Row<Format> ahead, const Means means, const float* weight,
-                     const InputGradients<Format> to, int64_t width) {
-  // Into the second level: three rows at once would crowd the first (7 % faster measured at (8192, 1600), fp32).
-  const float slope = means.gd * row.rstd * row.rstd * row.rstd;
-  walk(width, [=](int64_t column, auto step, int) __attribute__((always_inline)) {
-    fetch<NEAR>(ahead.grad_normalized + column);
-    fetch<NEAR>(ahead.summed + column);
-    const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
-    const Pair deviation = load_pair<Format>(row.summed + column, step) - row.mean;
-    Pair gradient = (g - means.g) * row.rstd - deviation * slope;
-    if (row.grad_summed) {
-      fetch<NEAR>(ahead.grad_summed + column);
-      gradient = gradient + load_pair<Format>(row.grad_summed + column, step);
-    }
-    store_pair<Format, STORES>(to.stream + column, gradient, step);
-    if (to.branch) {
-      const Pair factors = load_in_order<Float32>(to.factors + column, step);
-      store_pair<Format, STORES>(to.branch + column, gradient * to_pair_order<Format, decltype(step)>(factors, step),
-                                 step);
-    }
-  });
-}
-
-template <class Format, bool CENTERED, Stores STORES>
-void backward_rows(const NormBackward& call, const float* weight, const WeightGradients& sums, int64_t begin,
-                   int64_t end) {
+template <class Format, bool CENTERED, bool MORE, bool DROPPED, Stores STORES>
+class Backward {
   using Element = typename Format::Element;
-  const int64_t width = call.shape.width;
-  const RowScratch scratch(width);
-  for (int64_t i = 0; i < width; i++) sums.weight[i] = sums.bias[i] = 0.0f;
-  Means means = {0.0f, 0.0f};
-  if (begin < end) means = add_weight_gradients<Format, CENTERED>(Row<Format>(call, begin), weight, sums, width);
-  for (int64_t r = begin; r < end; r++) {
-    Means next = means;
-    if (r + 1 < end) next = add_weight_gradients<Format, CENTERED>(Row<Format>(call, r + 1), weight, sums, width);
-    if (call.grad_branch) dropout_factors(call.dropout, r, width, scratch.factors);
-    const InputGradients<Format> to = {static_cast<Element*>(call.grad_stream) + r * width,
-                                       call.grad_branch ? static_cast<Element*>(call.grad_branch) + r * width : nullptr,
-                                       scratch.factors};
-    const Row<Format> ahead(call, smaller(r + 2, end - 1));
-    input_gradients<Format, STORES>(Row<Format>(call, r), ahead, means, weight, to, width);
-    means = next;
+
+  const NormBackward& call;
+  const float* const weight;
+  const WeightGradients sums;
+  const RowScratch scratch;
+  const int64_t begin, end, width;
+
+  // Adds rows r, r + 1, … to the sums, side by side: these are then loaded and stored once for all of the rows.
+  template <int ROWS>
+  void add_weight_gradients(int64_t r, Means (&means)[ROWS]) const {
+    Row<Format> rows[ROWS];
+    Pair sums_g[ROWS], sums_gd[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+      rows[i] = Row<Format>(call, r + i);
+      sums_g[i] = sums_gd[i] = {Vector{}, Vector{}};  // not {} for the arrays: that is rep stos, see norm_forward.cpp
+    }
+    walk(width, [=, &sums_g, &sums_gd, weight = weight, sums = sums](int64_t column, auto step, int)
+                    __attribute__((always_inline)) {
+                      const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
+                      Pair grad_weight = load_pair<Float32>(sums.weight + column, step);
+                      Pair grad_bias = load_pair<Float32>(sums.bias + column, step);
+                      for (int i = 0; i < ROWS; i++) {
+                        const Pair grad = load_pair<Format>(rows[i].grad_normalized + column, step);
+                        const Pair moment = grad * (load_pair<Format>(rows[i].summed + column, step) - rows[i].mean);
+                        if constexpr (CENTERED) sums_g[i] = sums_g[i] + grad * scale;
+                        sums_gd[i] = sums_gd[i] + moment * scale;
+                        grad_weight = grad_weight + moment * rows[i].rstd;
+                        grad_bias = grad_bias + grad;
+                      }
+                      store_pair<Float32>(sums.weight + column, grad_weight, step);
+                      store_pair<Float32>(sums.bias + column, grad_bias, step);
+                    });
+    const float count = static_cast<float>(width);
+    for (int i = 0; i < ROWS; i++) means[i] = {CENTERED ? total(sums_g[i]) / count : 0.0f, total(sums_gd[i]) / count};
   }
-  if constexpr (STORES == Stores::streamed) finish_streaming();
-}
+
+  // Of row r; starts to fetch the row as many rows below it as are added up at once.
+  void input_gradients(int64_t r, float mean_g, float mean_gd) const {
+    const Row<Format> row(call, r), ahead(call, smaller(r + ROWS_AT_ONCE, end - 1));
+    Element* const to_stream = static_cast<Element*>(call.grad_stream) + r * width;
+    Element* const to_branch = DROPPED ? static_cast<Element*>(call.grad_branch) + r * width : nullptr;
+    if constexpr (DROPPED) dropout_factors(call.dropout, r, width, scratch.rows[0]);
+    const float slope = mean_gd * row.rstd * row.rstd * row.rstd;
+    walk(width, [=, weight = weight, factors = scratch.rows[0]](int64_t column, auto step,
+                                                                int) __attribute__((always_inline)) {
+      fetch<NEAR>(ahead.grad_normalized + column);
+      fetch<NEAR>(ahead.summed + column);
+      const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
+      const Pair deviation = load_pair<Format>(row.summed + column, step) - row.mean;
+      Pair gradient = (g - mean_g) * row.rstd - deviation * slope;
+      if constexpr (MORE) {
+        fetch<NEAR>(ahead.grad_summed + column);
+        gradient = gradient + load_pair<Format>(row.grad_summed + column, step);
+      }
+      store_pair<Format, STORES>(to_stream + column, gradient, step);
+      if constexpr (DROPPED) {
+        const Pair kept = load_in_order<Float32>(factors + column, step);
+        store_pair<Format, STORES>(to_branch + column, gradient * to_pair_order<Format, decltype(step)>(kept, step),
+                                   step);
+      }
+    });
+  }
+
+  template <int ROWS>
+  void compute(int64_t r) const {
+    Means means[ROWS];
+    add_weight_gradients<ROWS>(r, means);
+    for (int i = 0; i < ROWS; i++) input_gradients(r + i, means[i].g, means[i].gd);
+  }
+
+ public:
+  Backward(const NormBackward& call, const float* weight, const WeightGradients& sums, int64_t begin, int64_t end)
+      : call(call),
+        weight(weight),
+        sums(sums),
+        scratch(call.shape.width, 1),
+        begin(begin),
+        end(end),
+        width(call.shape.width) {}
+
+  void run() const {
+    for (int64_t i = 0; i < width; i++) sums.weight[i] = sums.bias[i] = 0.0f;
+    int64_t r = begin;
+    for (; r + ROWS_AT_ONCE <= end; r += ROWS_AT_ONCE) compute<ROWS_AT_ONCE>(r);
+    for (; r < end; r++) compute<1>(r);
+    if constexpr (STORES == Stores::streamed) finish_streaming();
+  }
+};
 
 // Adds the partial sums of every chunk up in the first, neighbors first: errors grow with the tree's 7 levels, not with
 // its 128 leaves.
@@ -152,7 +177,7 @@ void reduce_weight_gradients(const NormBackward& call, float* partial, int64_t c
   });
 }
 
-template <class Format, bool CENTERED>
+template <class Format, bool CENTERED, bool MORE, bool DROPPED>
 void backward(const NormBackward& call, const Threads& threads) {
   const NormShape& shape = call.shape;
   const int64_t width = shape.width, chunks = norm_chunks(shape.rows), rows = norm_chunk_rows(shape.rows);
@@ -163,12 +188,24 @@ void backward(const NormBackward& call, const Threads& threads) {
     const WeightGradients sums = {partial + 2 * chunk * width, partial + (2 * chunk + 1) * width};
     const int64_t begin = chunk * rows, end = smaller(begin + rows, shape.rows);
     if (streamed) {
-      backward_rows<Format, CENTERED, Stores::streamed>(call, weight, sums, begin, end);
+      Backward<Format, CENTERED, MORE, DROPPED, Stores::streamed>(call, weight, sums, begin, end).run();
     } else {
-      backward_rows<Format, CENTERED, Stores::cached>(call, weight, sums, begin, end);
+      Backward<Format, CENTERED, MORE, DROPPED, Stores::cached>(call, weight, sums, begin, end).run();
     }
   });
   reduce_weight_gradients<Format>(call, partial, chunks, threads);
+}
+
+template <class Format, bool CENTERED>
+void backward(const NormBackward& call, const Threads& threads) {
+  const bool more = call.grad_summed.data != nullptr;
+  if (call.grad_branch) {
+    more ? backward<Format, CENTERED, true, true>(call, threads)
+         : backward<Format, CENTERED, false, true>(call, threads);
+  } else {
+    more ? backward<Format, CENTERED, true, false>(call, threads)
+         : backward<Format, CENTERED, false, false>(call, threads);
+  }
 }
 
 template <class Format>

@@ -7,6 +7,8 @@
 // rows of other formats, are in memory order.
 #pragma once
 
+#include <type_traits>  // types, no code
+
 #include "stream.h"
 #include "vector.h"
 
@@ -115,38 +117,78 @@ static inline Pair quieted(Pair pair) {
   return {pair.first != pair.first ? nan : pair.first, pair.second != pair.second ? nan : pair.second};
 }
 
+// The same by the adder, in 2 instructions instead of 4: x · 65537, rounded to 24 bits, less x · 65536, which is exact,
+// leaves x rounded to 8. An infinity or a NaN comes of |x| >= 2^111; below 2^-126 there are more bits left than bf16
+// has there, for the caller to cut off.
+static inline Vector in_eight_bits(Vector x) {
+  const Vector large = x * 65536.0f;
+  return (large + x) - large;
+}
+
+// How a value is made bf16: exactly, whatever it is, or as in_eight_bits does.
+enum class Rounding { exact, bounded };
+// Whether results of this size and more need exact rounding.
+constexpr float UNBOUNDED = 0x1p111f;
+
+template <Rounding ROUNDING>
+static inline Bits packed_bfloat16(Pair pair) {
+  if constexpr (ROUNDING == Rounding::exact)
+    return (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u);
+  else
+    return ((Bits)in_eight_bits(pair.first) >> 16) | ((Bits)in_eight_bits(pair.second) & 0xffff0000u);
+}
+
 enum class Stores { cached, streamed };
 
-template <class Format, Stores STORES = Stores::cached>
+template <class Format, Stores STORES = Stores::cached, Rounding ROUNDING = Rounding::exact>
 static inline void store_pair(typename Format::Element* to, Pair pair, Whole step) {
-  if constexpr (STORES == Stores::cached) {
+  if constexpr (std::is_same_v<Format, BFloat16>) {
+    const Bits bits = packed_bfloat16<ROUNDING>(pair);
+    if constexpr (STORES == Stores::cached)
+      __builtin_memcpy(to, &bits, sizeof bits);
+    else
+      stream(to, bits);
+  } else if constexpr (STORES == Stores::cached) {
     store_in_order<Format>(to, pair, step);
   } else {
     stream(to, in_memory(Format{}, pair.first));
     stream(to + LANES, in_memory(Format{}, pair.second));
   }
 }
-template <>
-inline void store_pair<BFloat16, Stores::cached>(uint16_t* to, Pair pair, Whole) {
-  const Bits bits = (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u);
-  __builtin_memcpy(to, &bits, sizeof bits);
-}
-template <>
-inline void store_pair<BFloat16, Stores::streamed>(uint16_t* to, Pair pair, Whole) {
-  stream(to, (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u));
-}
-template <class Format, Stores STORES = Stores::cached>
+template <class Format, Stores STORES = Stores::cached, Rounding ROUNDING = Rounding::exact>
 static inline void store_pair(typename Format::Element* to, Pair pair, Rest step) {
   store_in_order<Format>(to, pair, step);
 }
 
 // What becomes of values that are stored and loaded again.
-static inline Pair rounded(Float32, Pair pair) { return pair; }
-static inline Pair rounded(BFloat16, Pair pair) {
-  return {(Vector)(high_bfloat16(pair.first) & 0xffff0000u), (Vector)(high_bfloat16(pair.second) & 0xffff0000u)};
+template <class Format, Rounding ROUNDING>
+static inline Pair rounded(Pair pair) {
+  if constexpr (std::is_same_v<Format, Float16>)
+    return {from_float16(to_float16(pair.first)), from_float16(to_float16(pair.second))};
+  else if constexpr (std::is_same_v<Format, BFloat16> && ROUNDING == Rounding::bounded)
+    return {in_eight_bits(pair.first), in_eight_bits(pair.second)};
+  else if constexpr (std::is_same_v<Format, BFloat16>)
+    return {(Vector)(high_bfloat16(pair.first) & 0xffff0000u), (Vector)(high_bfloat16(pair.second) & 0xffff0000u)};
+  else
+    return pair;
 }
-static inline Pair rounded(Float16, Pair pair) {
-  return {from_float16(to_float16(pair.first)), from_float16(to_float16(pair.second))};
+
+// Stores what `rounded` returned: nothing is left to be rounded.
+template <class Format, Stores STORES>
+static inline void store_rounded(typename Format::Element* to, Pair pair, Whole step) {
+  if constexpr (std::is_same_v<Format, BFloat16>) {
+    const Bits bits = ((Bits)pair.first >> 16) | ((Bits)pair.second & 0xffff0000u);
+    if constexpr (STORES == Stores::cached)
+      __builtin_memcpy(to, &bits, sizeof bits);
+    else
+      stream(to, bits);
+  } else {
+    store_pair<Format, STORES>(to, pair, step);
+  }
+}
+template <class Format, Stores STORES>
+static inline void store_rounded(typename Format::Element* to, Pair pair, Rest step) {
+  store_in_order<Format>(to, pair, step);
 }
 
 }  // namespace trilby::TRILBY_LEVEL
