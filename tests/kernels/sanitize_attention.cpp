@@ -101,6 +101,7 @@ void attend_once() {
     rule.mask_kind = mask_dtype == Dtype::float32 ? Mask::float32 : Mask::bfloat16;
     rule.mask = additive.view;
   }
+  if (one_in(3)) rule.mask.row = 0;
   AttentionSequences sequences = {N};
   const Numbers<int32_t> query_starts = starts(N, T), key_starts = starts(N, S);
   const auto& keys_of = key_starts.data;
