@@ -177,7 +177,10 @@ def _loops(launch: Launch, head_dim: int, target: Target) -> Iterator[LoopFindin
     for instructions, number in zip(bodies, products_of(launch.kernel, len(bodies))):
         loop = Loop(instructions, launch.warps, target.warp_size)
         flops_of_a_score = 2 * number * head_dim
-        scores = _scores(launch, None if loop.flops is None else loop.flops / flops_of_a_score)
+        multiplied = None if loop.flops is None else loop.flops / flops_of_a_score
+        scores = _scores(launch, multiplied)
+        if multiplied is not None and scores is not None and multiplied < scores / 2:
+            continue  # of smaller tiles than the launch's: a loop for what is rare
         modeled = bound(loop, rates, scores * flops_of_a_score) if rates is not None and scores else None
         yield LoopFinding(scores, {pipe: loop.per_thread(pipe) for pipe in PIPES}, modeled)
 

@@ -86,12 +86,11 @@ FORWARD = (
     Row(
         NVIDIA,
         "half",
-        128,
-        AttentionTiles(16, 64, 4, 2),
-        "one token at a time or a few: 16 rows are the least that a matrix instruction takes",
+        256,
+        AttentionTiles(16, 32, 8, 2),
+        "one token at a time or a few: 16 rows are the least that a matrix instruction takes; 64 keys in 4 warps spill",
         q_len=16,
     ),
-    Row(NVIDIA, "half", 256, AttentionTiles(16, 32, 8, 2), "likewise; 64 keys in 4 warps spill", q_len=16),
     Row(
         CDNA,
         "half",
@@ -224,10 +223,7 @@ BACKWARD_QUERY = (
 )
 # Of a key head all rows are in one tile: a row serves as many as its tile has.
 DECODE = (
-    Row(NVIDIA, "half", 128, AttentionTiles(16, 64, 4, 2), "a token of a few heads", q_len=16, scores="any"),
-    Row(
-        NVIDIA, "half", 256, AttentionTiles(16, 32, 8, 2), "likewise; 64 keys in 4 warps spill", q_len=16, scores="any"
-    ),
+    Row(NVIDIA, "half", 256, AttentionTiles(16, 32, 8, 2), "a token of a few heads", q_len=16, scores="any"),
     Row(NVIDIA, "half", 128, AttentionTiles(64, 32, 8, 2), "a few tokens of many heads", q_len=64, scores="any"),
     Row(NVIDIA, "half", 256, AttentionTiles(32, 32, 8, 2), "64 rows spill", q_len=32, scores="any"),
     Row(CDNA, "half", 256, AttentionTiles(16, 32, 4, 1), "a token of a few heads", q_len=16, scores="any"),
