@@ -14,10 +14,14 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[import-not-found, unused-ignore]
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # type: ignore[import-not-found, unused-ignore]
 
 from .attention import reasons_for_pytorch, scaled_dot_product_attention
+
+try:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[import-not-found, unused-ignore]
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # type: ignore[import-not-found, unused-ignore]
+except ImportError as missing:  # 4.53 is the first with a table of masks to register with
+    raise ImportError("trilby.kernels.huggingface needs transformers 4.53 or newer") from missing
 
 NAME = "trilby"
 

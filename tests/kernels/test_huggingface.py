@@ -131,6 +131,21 @@ def test_the_steps_with_a_cache_are_those_of_the_whole(config):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_comes_later_changes_nothing_before(config, padded):
+    tokens, mask = torch.randint(3, VOCABULARY, (B, T)), torch.ones(B, T, dtype=torch.int64)
+    mask[1:, : 9 * padded] = 0
+    changed = tokens.clone()
+    changed[:, 60:] = torch.randint(3, VOCABULARY, (B, T - 60))
+    net = model(config, "trilby").eval()
+    with torch.no_grad():
+        first, second = (net(each, attention_mask=mask).logits for each in (tokens, changed))
+    real = mask[:, :60] > 0  # what padding sees is nobody's concern
+    assert torch.equal(first[:, :60][real], second[:, :60][real])
+    assert not torch.equal(first[:, 60:], second[:, 60:])
+
+
 def test_dropout_is_trilbys_and_repeats_with_torchs_seed(computed):
     def dropping() -> transformers.PretrainedConfig:
         config = gpt2()

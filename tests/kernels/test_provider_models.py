@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import trilby.kernels
 from activation import with_gradients
 from tolerance import assert_as_exact_as
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from trilby.kernels import activated
 from trilby.kernels.ops import NATIVE
@@ -197,3 +199,21 @@ def test_export_and_run():
     with activated():
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("functions", [F, trilby.kernels], ids=["activated", "explicit"])
+def test_another_length_compiles_at_most_once_more(functions):
+    """And what was compiled is what is computed eagerly."""
+
+    def layer(x: Tensor) -> Tensor:
+        heads = functions.layer_norm(x, (128,)).view(*x.shape[:2], 4, 32).transpose(1, 2)
+        return functions.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with activated():
+        for T in (96, 112, 80, 130, 101):
+            x = torch.randn(4, T, 128)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count <= 2
