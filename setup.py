@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 PER_LEVEL = [
     "attention_forward.cpp",
+    "attention_decode.cpp",
     "attention_backward.cpp",
     "norm_forward.cpp",
     "norm_backward.cpp",

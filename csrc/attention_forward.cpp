@@ -11,8 +11,9 @@
 // and for at most PANEL / 2 hidden keys a query at each edge of what it sees. For LANES scores, beside that: dropout 17
 // instructions, softcap 25, ALiBi 6, a mask 10 (6 of them its transposition).
 // Traffic: Q and O once; K and V once for every PANELS · PANEL queries, from the nearest cache that holds them.
+#include "attention_forward.h"
+
 #include "attention_dropout.h"
-#include "attention_score.h"
 #include "level.h"
 #include "product.h"
 
@@ -45,17 +46,6 @@ struct Workspace {
     mask = carver.take(BLOCK * PANEL);
     seen = carver.take(BLOCK * PANEL);
   }
-};
-
-// The scale in two parts: the maximum is taken over scores times its sign. A scale of 0 is all sign: -inf · 0, of a
-// hidden score, must not become a NaN. Adjusted scores are multiplied by the size before the softmax, others within it.
-struct Scale {
-  float sign, size, within;
-
-  explicit Scale(const AttentionRule& rule)
-      : sign(rule.scale == 0.0f ? 0.0f : __builtin_copysignf(1.0f, rule.scale)),
-        size(rule.scale == 0.0f ? 1.0f : __builtin_fabsf(rule.scale)),
-        within(adjusts(rule) ? 1.0f : size) {}
 };
 
 // One head of one sequence.
@@ -185,16 +175,6 @@ void forward_tile(const AttentionForward& problem, const Head& head, int64_t fir
   for (int64_t p = 0; p < panels; p++) finish<Format>(problem, head, panel[p]);
 }
 
-// Queries that belong to no sequence see nothing.
-template <class Format>
-void forward_unowned(const AttentionForward& problem, int64_t first, int64_t end) {
-  const AttentionShape& shape = problem.shape;
-  for (int64_t head = 0; head < shape.query_heads; head++) {
-    for (int64_t row = first; row < end; row++) problem.logsumexp[head * shape.query_length + row] = -INFINITE;
-    clear_rows<Format>(problem.output, 0, head, first, end, shape.value_dim);
-  }
-}
-
 template <class Format>
 void forward(const AttentionForward& problem, const Threads& threads) {
   const AttentionShape& shape = problem.shape;
@@ -210,8 +190,7 @@ void forward(const AttentionForward& problem, const Threads& threads) {
     if (tile.first >= sequence.queries) return;
     forward_tile<Format>(problem, {sequence, head, head / (heads / shape.key_heads)}, tile.first, panels);
   });
-  clear_unowned(sequences.query_starts, sequences.count, shape.query_length,
-                [&](int64_t first, int64_t end) { forward_unowned<Format>(problem, first, end); });
+  clear_unowned_queries<Format>(problem);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <string>
 #include <tuple>
 
+#include "attention_plan.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -177,9 +179,16 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   Tensor output = empty_heads_inside(B, H, T, shape.value_dim, query.scalar_type());
   Tensor logsumexp = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
-  trilby::kernels().attention_forward({shape, sequences, rule, view_of(query), view_of(key), view_of(value),
-                                       view_of(output), logsumexp.mutable_data_ptr<float>()},
-                                      torch_threads());
+  const trilby::AttentionForward problem = {shape,
+                                            sequences,
+                                            rule,
+                                            view_of(query),
+                                            view_of(key),
+                                            view_of(value),
+                                            view_of(output),
+                                            logsumexp.mutable_data_ptr<float>()};
+  const auto& kernels = trilby::kernels();
+  (trilby::decodes(problem) ? kernels.attention_decode : kernels.attention_forward)(problem, torch_threads());
   return {output, logsumexp};
 }
 

@@ -145,6 +145,7 @@ struct Gelu {
 struct Kernels {
   const char* level;
   void (*attention_forward)(const AttentionForward&, const Threads&);
+  void (*attention_decode)(const AttentionForward&, const Threads&);  // attention_plan.h says when
   void (*attention_backward)(const AttentionBackward&, const Threads&);
   void (*norm_forward)(const NormForward&, const Threads&);
   void (*norm_backward)(const NormBackward&, const Threads&);

@@ -8,6 +8,6 @@ namespace trilby::TRILBY_LEVEL {
 
 extern const Kernels table;
 const Kernels table = {
-    TRILBY_NAME(TRILBY_LEVEL), attention_forward, attention_backward, norm_forward, norm_backward, linear, gelu};
+    TRILBY_NAME(TRILBY_LEVEL), attention_forward, attention_decode, attention_backward, norm_forward, norm_backward, linear, gelu};
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -6,6 +6,7 @@
 namespace trilby::TRILBY_LEVEL {
 
 void attention_forward(const AttentionForward&, const Threads&);
+void attention_decode(const AttentionForward&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
 void norm_forward(const NormForward&, const Threads&);
 void norm_backward(const NormBackward&, const Threads&);

@@ -94,36 +94,12 @@ struct Inputs {
 };
 
 template <class Format, class Weights>
-void load_input_row(const typename Format::Element* from, int64_t stride, int64_t K, float* to) {
-  const auto put = [&](Pair pair, auto step, int64_t column) {
-    if constexpr (std::is_same_v<Weights, BFloat16>) pair = to_pair_order<BFloat16>(pair, step);
-    store(to + column, pair.first);
-    store(to + column + LANES, pair.second);
-  };
-  int64_t column = 0;
-  for (; column + PAIR <= K; column += PAIR) {
-    if (stride == 1) {
-      put(load_in_order<Format>(from + column, Whole{}), Whole{}, column);
-    } else {
-      typename Format::Element some[PAIR];
-      for (int64_t i = 0; i < PAIR; i++) some[i] = from[(column + i) * stride];
-      put(load_in_order<Format>(some, Whole{}), Whole{}, column);
-    }
-  }
-  if (column < K) {
-    typename Format::Element some[PAIR] = {};
-    for (int64_t i = column; i < K; i++) some[i - column] = from[i * stride];
-    put(load_in_order<Format>(some, Rest{K - column}), Rest{K - column}, column);
-  }
-}
-
-template <class Format, class Weights>
 Inputs load_inputs(const Linear& problem) {
   const int64_t width = ceiling(problem.inputs, PAIR) * PAIR;
   float* to = static_cast<float*>(thread_scratch(static_cast<size_t>(problem.rows * width) * sizeof(float)));
   for (int64_t m = 0; m < problem.rows; m++) {
     const auto* row = static_cast<const typename Format::Element*>(problem.input) + m * problem.input_row;
-    load_input_row<Format, Weights>(row, problem.input_column, problem.inputs, to + m * width);
+    unpack_in_pair_order<Format, Weights>(row, problem.input_column, problem.inputs, to + m * width);
   }
   return {to, width};
 }

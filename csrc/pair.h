@@ -104,6 +104,31 @@ inline Pair load_pair<BFloat16, Whole>(const uint16_t* from, Whole) {
   return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
 }
 
+// `count` elements, `stride` apart, as floats in the pair order of Order, and zeros up to a whole number of pairs.
+template <class Format, class Order>
+static inline void unpack_in_pair_order(const typename Format::Element* from, int64_t stride, int64_t count,
+                                        float* to) {
+  const auto put = [&](const typename Format::Element* elements, int64_t column, auto step)
+                       __attribute__((always_inline)) {
+                         const Pair pair = to_pair_order<Order>(load_in_order<Format>(elements, step), step);
+                         store(to + column, pair.first);
+                         store(to + column + LANES, pair.second);
+                       };
+  for (int64_t column = 0; column < count; column += PAIR) {
+    const int64_t here = count - column < PAIR ? count - column : PAIR;
+    typename Format::Element some[PAIR];
+    if (stride != 1) {
+      for (int64_t i = 0; i < here; i++) some[i] = from[(column + i) * stride];
+    }
+    const typename Format::Element* elements = stride == 1 ? from + column : some;
+    if (here == PAIR) {
+      put(elements, column, Whole{});
+    } else {
+      put(elements, column, Rest{here});
+    }
+  }
+}
+
 // Rounded to nearest even in the high half of each lane. A NaN stays one if the low half of its bits is 0: rounding
 // then carries nothing into the high half. Arithmetic on such NaNs and numbers makes no others, so that 2 of 6
 // instructions are saved by `quieted` where other floats come in.

@@ -22,6 +22,13 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
 # The C++ kernels hold up to 32 queries in their lanes, whether there are as many or not.
 FEWEST_QUERIES = 32
+# Fewer are decoded, by a kernel of their own, up to so many, and so many queries of all heads that share their keys
+# (csrc/attention_plan.h has the same bounds).
+MOST_DECODED, MOST_DECODED_ROWS = 4, 32
+# Numbers in the keys, B·Hkv·S·D, below which such a call is over sooner in PyTorch. Measured on one thread, 12 heads of
+# 64, the operator alone, PyTorch's time over trilby's in float32 (and in bfloat16): 0.77 (0.69) with 32 keys, 1.14
+# (0.86) with 128; in batches of 8, 1.35 (1.19) with 1024.
+FEWEST_CACHED = 2**20
 # Multiplications for the scores, B·H·T·S·D, below which a call is over sooner in PyTorch. Measured on one thread,
 # PyTorch's time over trilby's, in float32, forward (and with the backward): 0.95 (0.83) at 0.8 million and T = 32,
 # 1.29 (1.06) at 3 million, 1.46 (1.26) at 6; in bfloat16 1.1 (5.7), 1.6 (4.7), 1.8 (8.7).
@@ -74,7 +81,10 @@ def _reasons(
         yield f"dropout_p is {dropout_p}, no probability"
     yield from _reasons_for_kernel(query, key, value, dtypes, devices, enable_gqa)
     if devices[0].type == "cpu" and len(query) == len(value) == 4:
-        yield from _reasons_on_cpu(query[2], query.numel() * value[2])
+        if query[2] <= MOST_DECODED and dropout_p == 0.0 and not trains:
+            yield from _reasons_against_decoding(query[1] * query[2] // max(value[1], 1), key.numel())
+        else:
+            yield from _reasons_on_cpu(query[2], query.numel() * value[2])
         if mask is not None:
             yield from _reasons_of_mask((*query[:3], value[2]), dtypes[0], mask, dropout_p, trains)
 
@@ -107,9 +117,16 @@ def _reasons_for_kernel(
         yield "a size is zero"
 
 
+def _reasons_against_decoding(rows: int, cached: int) -> Iterator[str]:
+    if rows > MOST_DECODED_ROWS:
+        yield f"there are {rows} queries to a key head, more than {MOST_DECODED_ROWS}"
+    if cached < FEWEST_CACHED:
+        yield f"the keys are {cached} numbers, fewer than {FEWEST_CACHED}"
+
+
 def _reasons_on_cpu(T: int, multiplications: int) -> Iterator[str]:
     if T < FEWEST_QUERIES:
-        yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"
+        yield f"there are {T} queries, more than {MOST_DECODED} and fewer than {FEWEST_QUERIES}"
     if multiplications < FEWEST_MULTIPLICATIONS:
         yield f"the scores take {multiplications} multiplications, fewer than {FEWEST_MULTIPLICATIONS}"
 
@@ -180,7 +197,7 @@ def scaled_dot_product_attention(
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     # The cheapest question first.
-    if key.dim() < 2 or (query.is_cpu and query.numel() * key.shape[-2] < FEWEST_MULTIPLICATIONS):
+    if key.dim() < 2 or (query.is_cpu and query.numel() * key.shape[-2] < min(FEWEST_MULTIPLICATIONS, FEWEST_CACHED)):
         return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
