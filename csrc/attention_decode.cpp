@@ -22,6 +22,7 @@ namespace {
 // work in 4096 keys of one head.
 constexpr int64_t SPLIT = 512;
 constexpr int STREAMS = 8;
+constexpr int64_t CHAIN = 64;  // keys whose values are added one to the other
 // Visits ahead of the one at hand whose rows are asked for: two rows further along each stream.
 constexpr int64_t AHEAD = 2 * STREAMS;
 constexpr int64_t LINE = 64;  // bytes that are fetched together
@@ -291,26 +292,29 @@ void softmax_row(float* scores, int64_t count, float factor, bool hidden, float*
   *sum = horizontal_sum(total);
 }
 
-// output[r] = sum of probability times value, for R queries and C pairs of columns, or the one that is left.
+// output[r] = sum of probability times value, for R queries and C pairs of columns, or the one that is left. Every
+// CHAIN keys are summed on their own: a long sum made of short ones is the more exact.
 template <class Format, int R, int C, bool HIDES, class Step>
 static inline void add_values(const typename Format::Element* const* rows, int64_t count, const float* probabilities,
                               int64_t column, int64_t columns, Step step, const Partial& partial, int64_t first) {
-  Pair sums[R][C] = {};
-  for (int64_t v = 0; v < count; v++) {
-    if (column == 0 && first == 0) fetch<Format>(rows[v + AHEAD], columns);
-    Pair values[C];
-    for (int c = 0; c < C; c++) values[c] = load_pair<Format>(rows[v] + column + c * PAIR, step);
-    for (int r = 0; r < R; r++) {
-      const float probability = probabilities[r * SPLIT + v];
-      if (HIDES && probability == HIDDEN) continue;
-      for (int c = 0; c < C; c++) sums[r][c] = sums[r][c] + values[c] * probability;
+  for (int64_t begin = 0; begin < count; begin += CHAIN) {
+    Pair sums[R][C] = {};
+    for (int64_t v = begin; v < smaller(begin + CHAIN, count); v++) {
+      if (column == 0 && first == 0) fetch<Format>(rows[v + AHEAD], columns);
+      Pair values[C];
+      for (int c = 0; c < C; c++) values[c] = load_pair<Format>(rows[v] + column + c * PAIR, step);
+      for (int r = 0; r < R; r++) {
+        const float probability = probabilities[r * SPLIT + v];
+        if (HIDES && probability == HIDDEN) continue;
+        for (int c = 0; c < C; c++) sums[r][c] = sums[r][c] + values[c] * probability;
+      }
     }
-  }
-  for (int r = 0; r < R; r++) {
-    for (int c = 0; c < C; c++) {
-      float* to = partial.output(first + r) + column + c * PAIR;
-      store(to, sums[r][c].first);
-      store(to + LANES, sums[r][c].second);
+    for (int r = 0; r < R; r++) {
+      for (int c = 0; c < C; c++) {
+        float* to = partial.output(first + r) + column + c * PAIR;
+        store(to, begin ? load(to) + sums[r][c].first : sums[r][c].first);
+        store(to + LANES, begin ? load(to + LANES) + sums[r][c].second : sums[r][c].second);
+      }
     }
   }
 }

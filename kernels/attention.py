@@ -126,7 +126,7 @@ def _reasons_against_decoding(rows: int, cached: int) -> Iterator[str]:
 
 def _reasons_on_cpu(T: int, multiplications: int) -> Iterator[str]:
     if T < FEWEST_QUERIES:
-        yield f"there are {T} queries, more than {MOST_DECODED} and fewer than {FEWEST_QUERIES}"
+        yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"
     if multiplications < FEWEST_MULTIPLICATIONS:
         yield f"the scores take {multiplications} multiplications, fewer than {FEWEST_MULTIPLICATIONS}"
 
