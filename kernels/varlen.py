@@ -63,8 +63,9 @@ def varlen_attn(
         seqused_k: [N] int32: how many keys of each sequence exist; all by default.
         block_table: [N, blocks] int32: the blocks in which each sequence's keys lie. It needs seqused_k, and has no
             gradients.
-        num_splits: Accepted for PyTorch's sake: how trilby splits the keys depends on a sequence's own length alone, so
-            that its results never depend on what else is in the batch, which is what PyTorch promises for 1.
+        num_splits: Accepted for PyTorch's sake: trilby's splits depend on a sequence's own length alone. What else is
+            in the batch can change the last bits all the same: sequences of few queries have a kernel of their own only
+            where no sequence of the batch has many.
         softcap: Scores become softcap · tanh(score / softcap); 0: they do not.
         alibi_slopes: [H] or [N, H] float32, as `attend` has them.
         dropout_p: The probability that a weight is dropped, as `attend` has it.
