@@ -84,6 +84,7 @@ QUICK_DESK = Desk(
         Request(1, 8, 8, "float32", "one text"),
         Request(1, 8, 8, "int8", "in 8 bits"),
         Request(4, 8, 4, "bfloat16", "a batch"),
+        Request(1, 8, 1, "float32", "reading a prompt"),
     ),
     seconds=0.1,
 )
@@ -171,7 +172,7 @@ def _step_by_step(model: GPT) -> Callable[[Tensor, int], Tensor]:
     def logits(texts: Tensor, count: int) -> Tensor:
         cache = model.make_cache(len(texts), texts.shape[1])
         first = texts.shape[1] - count + 1
-        parts = [texts[:, :first], *texts[:, first:].split(1, dim=1)]
+        parts = [texts[:, :first], *(texts[:, at : at + 1] for at in range(first, texts.shape[1]))]
         return torch.stack([model.next_logits(part, cache) for part in parts], dim=1)
 
     return logits
