@@ -67,6 +67,11 @@ def run(op: Callable, sample: object, seed: int = 0) -> list[Tensor]:
     return [*outputs, *(g for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None)]
 
 
+def is_repeatable(sample: object) -> bool:
+    """Whether nothing is dropped: who computes dropout draws a mask of his own."""
+    return not sample.kwargs.get("dropout_p", 0.0)
+
+
 def in_float64(argument: object) -> object:
     """The same numbers in float64, if it is a tensor of numbers."""
     if not isinstance(argument, Tensor) or not argument.is_floating_point():
@@ -79,7 +84,7 @@ def in_float64(argument: object) -> object:
 def test_the_samples_agree_with_pytorch_to_its_tolerance(opinfos, name, dtype):
     op, samples = opinfos[name].op, list(opinfos[name].sample_inputs("cpu", dtype, requires_grad=True))
     assert samples
-    for sample in samples:
+    for sample in filter(is_repeatable, samples):
         expected = run(op, sample)
         with activated():
             found = run(op, sample)
@@ -101,8 +106,8 @@ def test_the_samples_that_trilbys_kernels_compute_are_as_exact_as_pytorchs(opinf
             calls = explain(lambda op, sample, results: results.append(run(op, sample)), op, sample, results)
             computed += all(call.is_trilbys for call in calls)
         (ours,) = results
-        if not all(torch.equal(a, b) for a, b in zip(rivals, run(op, sample, seed=1))):
-            continue  # dropout: whoever computes it draws another mask
+        if not is_repeatable(sample):
+            continue
         truths = run(op, sample.transform(in_float64))
         assert len(ours) == len(rivals)
         for i, (our, rival, truth) in enumerate(zip(ours, rivals, truths)):
