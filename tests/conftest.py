@@ -1,10 +1,16 @@
 """Fixtures that every folder of tests shares."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from trilby.kernels.ops import NATIVE
+
+# Run from the repository, `kernels` would be our folder to transformers, which looks for a package of that name.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 
 
 @pytest.fixture(params=NATIVE.levels or ["none"])
