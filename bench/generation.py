@@ -32,6 +32,7 @@ from trilby.gpt.weights import Weights, dense
 from .contestants import largest_difference
 from .machine import Ceilings
 from .measure import Budget, interleaved
+from .models import our_folders_hidden
 from .results import OURS, RIVAL, Error, Row, Work
 
 SEED = 1337
@@ -139,7 +140,8 @@ def rival(model: GPT, weights: Weights) -> Contestant:
         save_pretrained(folder, model)
         plain = load_pretrained(folder, PYTORCH).to(dtype)
         try:
-            theirs = _transformers_model(folder, dtype)
+            with our_folders_hidden():
+                theirs = _transformers_model(folder, dtype)
         except ImportError:
             return Contestant(
                 lambda texts, new: generate(plain, texts, new, GREEDY), _step_by_step(plain), _exact(plain)

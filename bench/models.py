@@ -118,7 +118,7 @@ class _HuggingFace(nn.Module):
 
     def __init__(self, sizes: Sizes, dropout: float) -> None:
         super().__init__()
-        with _our_folders_hidden():
+        with our_folders_hidden():
             transformers = importlib.import_module("transformers")
             config = transformers.GPT2Config(
                 vocab_size=sizes.vocab_size,
@@ -140,7 +140,7 @@ class _HuggingFace(nn.Module):
 
 
 @contextmanager
-def _our_folders_hidden() -> Iterator[None]:
+def our_folders_hidden() -> Iterator[None]:
     """In a checkout transformers would take our folder kernels/ for Hugging Face's package of that name."""
     ours = Path(trilby.kernels.__file__).resolve().parent
     before = list(sys.path)
@@ -160,6 +160,6 @@ HUGGING_FACE = (Model("GPT-2, Hugging Face", lambda sizes: _HuggingFace(sizes, 0
 
 def models() -> tuple[Model, ...]:
     """Those that can be built here: Hugging Face's if transformers is installed."""
-    with _our_folders_hidden():
+    with our_folders_hidden():
         has_transformers = importlib.util.find_spec("transformers") is not None
     return MODELS + HUGGING_FACE * has_transformers

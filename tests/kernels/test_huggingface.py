@@ -1,17 +1,10 @@
 """Hugging Face's models with `attn_implementation="trilby"`: as exact as with "sdpa", and truly trilby's."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tolerance import assert_as_exact_as
 from torch import Tensor
 from trilby.kernels.ops import NATIVE
-
-# From a checkout, transformers would take our folder kernels/ for Hugging Face's package of that name.
-ROOT = Path(__file__).parents[2]
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 
 transformers = pytest.importorskip("transformers", reason="these need Hugging Face's models: pip install transformers")
 from trilby.kernels import activated, huggingface  # noqa: E402
