@@ -33,9 +33,10 @@ using trilby::sizes_of;
 using trilby::view_of;
 using Optional = std::optional<Tensor>;
 
-// Which calls of attention are worth taking; kernels/attention.py says why.
+// Which calls of attention are worth taking; kernels/attention_rules.py says why.
 struct Limits {
-  int64_t fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim;
+  int64_t fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim, most_decoded,
+      most_decoded_rows, fewest_cached;
 } limits;
 
 // What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
@@ -88,26 +89,58 @@ trilby::Mask mask_kind(const Tensor& mask) {
   }
 }
 
-// Of a call whose sizes are known to agree.
-bool is_trilbys_mask(const Tensor& mask, const Tensor& query, const Tensor& key, int64_t multiplications) {
-  const auto q = query.sizes();
-  const bool is_float32 = query.scalar_type() == ScalarType::Float;
-  const bool has_dtype = mask.scalar_type() == query.scalar_type() || mask.scalar_type() == ScalarType::Float;
-  return has_dtype && (mask.dim() == 2 || mask.dim() == 4) && spreads(mask, q[0], q[1], q[2], key.sizes()[2]) &&
-         (!is_float32 || multiplications >= limits.fewest_masked_multiplications);
+// Whether a corner of a batch of `mask`, float32, hides a pair: the last key from the first query, as a causal mask, or
+// the first or the last key from the last query, as one of padding. Then whole blocks are likely to be hidden.
+bool hides_corner(const Tensor& mask) {
+  const trilby::View view = spread_view(mask);
+  const auto sizes = mask.sizes();
+  const int64_t dims = mask.dim(), last_row = (sizes[dims - 2] - 1) * view.row,
+                last_column = (sizes[dims - 1] - 1) * view.column;
+  const int64_t batches = dims == 4 ? sizes[0] : 1, heads = dims == 4 ? sizes[1] : 1;
+  for (int64_t b = 0; b < batches; b++) {
+    for (int64_t h = 0; h < heads; h++) {
+      const float* plane = static_cast<const float*>(view.data) + b * view.batch + h * view.head;
+      for (const int64_t corner : {last_column, last_row, last_row + last_column}) {
+        if (plane[corner] == -std::numeric_limits<float>::infinity()) return true;
+      }
+    }
+  }
+  return false;
 }
 
-bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask) {
-  if (dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
+// Of a call whose sizes are known to agree.
+bool is_trilbys_mask(const Tensor& mask, const Tensor& query, const Tensor& key) {
+  const auto q = query.sizes();
+  const bool has_dtype = mask.scalar_type() == query.scalar_type() || mask.scalar_type() == ScalarType::Float;
+  return has_dtype && (mask.dim() == 2 || mask.dim() == 4) && spreads(mask, q[0], q[1], q[2], key.sizes()[2]);
+}
+
+enum Direction { FORWARD, BACKWARD };
+
+// Whether trilby is the faster, of a call that its kernels can compute.
+bool is_worth_taking(const Tensor& query, const Tensor& key, const Optional& mask, Direction direction) {
+  const auto q = query.sizes(), k = key.sizes();
+  const int64_t H = q[1], T = q[2], multiplications = query.numel() * k[2];
+  if (direction == FORWARD && T <= limits.most_decoded) {
+    return H * T / k[1] <= limits.most_decoded_rows && key.numel() >= limits.fewest_cached;
+  }
+  if (T < limits.fewest_queries || multiplications < limits.fewest_multiplications) return false;
+  return !mask || query.scalar_type() != ScalarType::Float ||
+         (multiplications >= limits.fewest_masked_multiplications && hides_corner(*mask));
+}
+
+bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask,
+                Direction direction) {
+  if (dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4 || query.numel() == 0) return false;
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
-  const int64_t B = q[0], H = q[1], T = q[2], D = q[3], S = k[2];
-  if (T < limits.fewest_queries || B * H * T * S * D < limits.fewest_multiplications) return false;
-  if (D > limits.largest_head_dim || k[0] != B || k[3] != D || k[1] == 0 || H % k[1] != 0) return false;
+  const int64_t B = q[0], H = q[1], D = q[3];
+  if (D > limits.largest_head_dim || k[0] != B || k[3] != D || key.numel() == 0 || H % k[1] != 0) return false;
   for (int d = 0; d < 4; d++) {
     if (v[d] != k[d]) return false;
   }
   return has_kernel_dtype(query) && key.scalar_type() == query.scalar_type() &&
-         value.scalar_type() == query.scalar_type() && (!mask || is_trilbys_mask(*mask, query, key, B * H * T * S * D));
+         value.scalar_type() == query.scalar_type() && (!mask || is_trilbys_mask(*mask, query, key)) &&
+         is_worth_taking(query, key, mask, direction);
 }
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key) {
@@ -159,7 +192,7 @@ std::tuple<Tensor, Tensor> pytorchs_attention(const Tensor& query, const Tensor&
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p,
                                      bool is_causal, const Optional& given_mask, std::optional<double> scale) {
   const Optional mask = defined(given_mask);
-  if (!is_trilbys(query, key, value, dropout_p, mask)) {
+  if (!is_trilbys(query, key, value, dropout_p, mask, FORWARD)) {
     return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
   }
   const Tensor output = torch::stable::empty_like(query);
@@ -183,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
                                                       const Tensor& logsumexp, double dropout_p, bool is_causal,
                                                       const Optional& given_mask, std::optional<double> scale) {
   const Optional mask = defined(given_mask);
-  if (!is_trilbys(query, key, value, dropout_p, mask) || grad_output.scalar_type() != query.scalar_type()) {
+  if (!is_trilbys(query, key, value, dropout_p, mask, BACKWARD) || grad_output.scalar_type() != query.scalar_type()) {
     AtenTensorHandle gradients[3] = {}, given = mask ? mask->get() : nullptr;
     if (aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
             grad_output.get(), query.get(), key.get(), value.get(), output.get(), logsumexp.get(), dropout_p, is_causal,
@@ -352,8 +385,10 @@ std::unique_ptr<StableLibrary> aten() {
 }
 
 void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t fewest_masked_multiplications,
-                       int64_t largest_head_dim) {
-  limits = {fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim};
+                       int64_t largest_head_dim, int64_t most_decoded, int64_t most_decoded_rows,
+                       int64_t fewest_cached) {
+  limits = {fewest_queries,    fewest_multiplications, fewest_masked_multiplications, largest_head_dim, most_decoded,
+            most_decoded_rows, fewest_cached};
   attention_library = aten();
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
@@ -376,7 +411,7 @@ Sizes served_calls() { return {served.begin(), served.end()}; }
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def(
       "provide_attention(int fewest_queries, int fewest_multiplications, int fewest_masked_multiplications, "
-      "int largest_head_dim) -> ()");
+      "int largest_head_dim, int most_decoded, int most_decoded_rows, int fewest_cached) -> ()");
   library.def("withdraw_attention() -> ()");
   library.def("provide_layer_norm() -> ()");
   library.def("withdraw_layer_norm() -> ()");

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .observer import hand_over_unseen
 from .ops import reasons_against_device
 from .shortcut import reasons_of_context, short_way
 
@@ -48,7 +49,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    if gelu_reasons_for_pytorch(input, approximate):
-        return F.gelu(input, approximate=approximate)
+    if reasons := gelu_reasons_for_pytorch(input, approximate):
+        return hand_over_unseen("aten::gelu", {"input": input}, reasons, lambda: F.gelu(input, approximate=approximate))
     output: Tensor = _gelu(input)
     return output

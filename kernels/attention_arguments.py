@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention_rules import Mask, errors_of_mask
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -71,22 +73,16 @@ class Arguments:
         """`mask` as [B, H, T, S].
 
         Raises:
-            TypeError, ValueError: It is of another dtype, or does not broadcast, or requires a gradient.
+            TypeError, ValueError: It is of another dtype or device, does not broadcast, or requires a gradient.
         """
         if mask is None:
             return None
         if self.block_table is not None:
             raise ValueError("attn_mask was given with block_table; keys in blocks have no places for a mask")
-        if mask.dtype not in (torch.bool, torch.float32, self.query.dtype):
-            raise TypeError(f"attn_mask is {mask.dtype}; torch.bool, torch.float32 or {self.query.dtype} is needed")
-        if mask.requires_grad:
-            raise ValueError("attn_mask requires a gradient; scaled_dot_product_attention gives one")
-        B, H, T, _ = self.query.shape
-        size = B, H, T, self.key.shape[2]
-        try:
-            return mask.expand(size)
-        except RuntimeError:
-            raise ValueError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {size}") from None
+        size = (*self.query.shape[:3], self.key.shape[2])
+        for error in errors_of_mask(Mask.of(mask), size, self.query.dtype, self.query.device):
+            raise error
+        return mask.expand(size)
 
     def expanded_slopes(self, slopes: Tensor | None) -> Tensor | None:
         """`slopes` as [N, H].

@@ -6,8 +6,8 @@ override costs 5 µs, and what it takes the place of begins at 60.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .seed import draw_seed
 _KEYS = ("CPU", "AutogradCPU")
 
 
-def _reasons_against(*tensors: Tensor | None) -> tuple[str, ...]:
+def _reasons_of_tracing(*tensors: Tensor | None) -> tuple[str, ...]:
     """Why PyTorch has to see what it composes: it traces, or a mode or a class of tensors is to hear of every step."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return ("a mode of torch.utils._python_dispatch is active",)
@@ -31,110 +31,91 @@ def _reasons_against(*tensors: Tensor | None) -> tuple[str, ...]:
     return ()
 
 
-def reasons_against_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    dropout_mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[str, ...]:
-    """Every reason why `aten::_scaled_dot_product_attention_math` stays PyTorch's.
+class Composed(Protocol):
+    """A call of an operator that PyTorch composes; its fields are the operator's arguments."""
 
-    With dropout no call is too small. Measured on one thread, PyTorch's time over trilby's, forward (and with the
-    backward): 1.5 (1.3) at B·H·T·D = 1·4·16·32 in float32 and 1.7 (1.5) in bfloat16, 5 (2.4) at 2·4·64·32, 8 (3.7) at
-    2·6·256·64. Without, it is the limits of flash attention that hold.
-    """
-    reasons: list[str] = []
-    if not torch.backends.cuda.flash_sdp_enabled():  # it is the switch of CPUs, too
-        reasons.append("torch.nn.attention.sdpa_kernel rules out flash attention")
-    if dropout_mask is not None:
-        reasons.append("dropout_mask is given")
-    if attn_mask is not None and is_causal:
-        reasons.append("attn_mask and is_causal are both given")
-    if not 0.0 <= dropout_p <= 1.0:
-        reasons.append(f"dropout_p is {dropout_p}")
-    if attn_mask is not None:
-        reasons += reasons_against_mask(query, key, attn_mask)
-        if attn_mask.requires_grad and torch.is_grad_enabled():
-            reasons.append("attn_mask requires a gradient")
-    reasons += _reasons_against(query, key, value, attn_mask)
-    rule = attention.reasons_for_kernel if dropout_p > 0.0 else attention.reasons_for_pytorch
-    return *reasons, *rule(query, key, value, enable_gqa=enable_gqa)
+    def reasons_for_pytorch(self) -> tuple[str, ...]:
+        """Every reason why it stays PyTorch's."""
+
+    def compute(self) -> Any:
+        """What the operator returns, by trilby."""
 
 
-def reasons_against_mask(query: Tensor, key: Tensor, mask: Tensor) -> Iterator[str]:
-    """Why no kernel of trilby's can add `mask` to the scores."""
-    if mask.dtype not in (torch.float32, query.dtype):
-        yield f"attn_mask is {mask.dtype}, not torch.float32 or {query.dtype}"
-    if query.dim() == key.dim() == 4:
-        size = (*query.shape[:3], key.shape[2])
-        if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(size))):
-            yield f"attn_mask is {list(mask.shape)}, which does not spread over {list(size)}"
+class ComposedAttention(NamedTuple):
+    """A call of `aten::_scaled_dot_product_attention_math`, its arguments in order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    dropout_mask: Tensor | None = None
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def reasons_for_pytorch(self) -> tuple[str, ...]:
+        """Those of attention, and those of what is composed."""
+        reasons = _reasons_of_tracing(self.query, self.key, self.value, self.attn_mask)
+        if not torch.backends.cuda.flash_sdp_enabled():  # it is the switch of CPUs, too
+            reasons += ("torch.nn.attention.sdpa_kernel rules out flash attention",)
+        if self.dropout_mask is not None:
+            reasons += ("dropout_mask is given",)
+        return reasons + attention.reasons_for_pytorch(
+            self.query, self.key, self.value, self.attn_mask, self.dropout_p, self.is_causal, self.enable_gqa
+        )
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """PyTorch's function uses the first result alone. The second, all weights, is held by nobody: it is empty."""
+        size = (*self.query.shape[:3], self.key.shape[2])
+        options = AttentionOptions(
+            mask=None if self.attn_mask is None else self.attn_mask.expand(size),
+            seed=draw_seed(self.dropout_p, self.query.device),
+            scale=1.0 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale,
+            window_right=0 if self.is_causal else UNBOUNDED,
+            dropout_p=self.dropout_p,
+        )
+        return attention.compute(self.query, self.key, self.value, options)[0], self.query.new_empty(0)
 
 
-def reasons_against_rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> tuple[str, ...]:
-    """Every reason why `aten::rms_norm` stays PyTorch's."""
-    return *_reasons_against(input, weight), *norm.reasons_for_pytorch(input, normalized_shape, weight)
+class ComposedRMSNorm(NamedTuple):
+    """A call of `aten::rms_norm`, its arguments in order."""
+
+    input: Tensor
+    normalized_shape: list[int]
+    weight: Tensor | None = None
+    eps: float | None = None
+
+    def reasons_for_pytorch(self) -> tuple[str, ...]:
+        """Those of norms, and those of what is composed."""
+        reasons = _reasons_of_tracing(self.input, self.weight)
+        return reasons + norm.reasons_for_pytorch(self.input, self.normalized_shape, self.weight)
+
+    def compute(self) -> Tensor:
+        """The normalized input."""
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        normalized: Tensor = torch.ops.trilby.norm(
+            self.input, self.weight, None, len(self.normalized_shape), False, eps
+        )[0]
+        return normalized
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    dropout_mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's function uses the first result alone. The second, all weights, is held by nobody: it is empty."""
-    size = (*query.shape[:3], key.shape[2])
-    options = AttentionOptions(
-        mask=None if attn_mask is None else attn_mask.expand(size),
-        seed=draw_seed(dropout_p, query.device),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        window_right=0 if is_causal else UNBOUNDED,
-        dropout_p=dropout_p,
-    )
-    return attention.compute(query, key, value, options)[0], query.new_empty(0)
+COMPOSED: dict[str, Callable[..., Composed]] = {
+    "aten::_scaled_dot_product_attention_math": ComposedAttention,
+    "aten::rms_norm": ComposedRMSNorm,
+}
 
 
-def _rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    normalized: Tensor = torch.ops.trilby.norm(input, weight, None, len(normalized_shape), False, eps)[0]
-    return normalized
-
-
-def _override(operator: str, reasons: Callable[..., tuple[str, ...]], compute: Callable[..., Any]) -> Library:
-    """Put `compute` in the place of PyTorch's kernel where there are no `reasons` against it."""
+def override(operator: str) -> Library:
+    """Put trilby in PyTorch's place for a composed operator, until the library is destroyed."""
     library = Library("aten", "IMPL")
-    for key, below in [(key, get_kernel(f"aten::{operator}", key)) for key in _KEYS]:
+    for key, below in [(key, get_kernel(operator, key)) for key in _KEYS]:
 
         def call(keys: torch._C.DispatchKeySet, *given: Any, _below: Any = below, **named: Any) -> Any:
-            if reasons(*given, **named):
+            asked = COMPOSED[operator](*given, **named)
+            if asked.reasons_for_pytorch():
                 return _below.call_boxed(keys, *given, **named)
-            return compute(*given, **named)
+            return asked.compute()
 
-        library.impl(operator, call, key, with_keyset=True)
+        library.impl(operator.removeprefix("aten::"), call, key, with_keyset=True)
     return library
-
-
-def override_attention() -> Library:
-    """`aten::_scaled_dot_product_attention_math`, until the library is destroyed."""
-    return _override("_scaled_dot_product_attention_math", reasons_against_attention, _attention)
-
-
-def override_rms_norm() -> Library:
-    """`aten::rms_norm`, until the library is destroyed."""
-    return _override("rms_norm", reasons_against_rms_norm, _rms_norm)

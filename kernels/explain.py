@@ -4,7 +4,6 @@ Both see the calls as PyTorch's dispatcher does, in any function, and say what w
 calls, and the reasons are those of the rules that chose.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, composed, norm
+from . import attention_rules
+from .attention_rules import AttentionCall
+from .composed import COMPOSED
 from .observer import Call, watched
 from .ops import NATIVE
-from .provider import ATTENTION, NORM, activated, reasons_against_attention, reasons_against_layer_norm
+from .provider import ATTENTION, NORM, activated, reasons_against_layer_norm
 
 _KNOWN_AS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
@@ -26,12 +27,20 @@ _KNOWN_AS = {
     "aten::native_layer_norm": "layer_norm",
     "aten::native_layer_norm_backward": "layer_norm, backward",
     "aten::rms_norm": "rms_norm",
-    "trilby::attention": "scaled_dot_product_attention",
-    "trilby::attention_backward": "scaled_dot_product_attention, backward",
+    "trilby::attention": "scaled_dot_product_attention or attend",
+    "trilby::attention_backward": "scaled_dot_product_attention or attend, backward",
     "trilby::norm": "layer_norm or rms_norm",
     "trilby::add_norm": "add_layer_norm or add_rms_norm",
     "trilby::norm_backward": "norm, backward",
+    "trilby::linear": "linear",
+    "trilby::gelu": "gelu",
+    "trilby::gelu_backward": "gelu, backward",
+    "aten::linear": "linear",
+    "aten::gelu": "gelu",
 }
+# What `activate` leaves as it is: only trilby's own functions tell of it.
+_NEVER_OVERRIDDEN = ("aten::linear", "aten::gelu")
+_LAYER_NORM = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
 NOT_ACTIVATED = "trilby is not activated (trilby.kernels.activate())"
 
 
@@ -64,17 +73,18 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """One for each call of an attention or norm that was met, in order; printed, a line each."""
+    """One for each call of an attention or norm, or of another function of trilby's, in order; printed, a line each."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no attention and no norm was called"
+        return "\n".join(map(str, self)) or "no attention, norm or other function of trilby's was called"
 
 
 def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Explanations:
     """Call `function(*arguments, **options)` once, and tell which kernel computed each attention and norm in it.
 
     Any function will do: `F.scaled_dot_product_attention`, `trilby.kernels.layer_norm`, an nn.Module, a whole model and
-    its backward. It is told of things as they are: PyTorch's functions are PyTorch's until `activate`. torch's random
+    its backward. It is told of things as they are: PyTorch's functions are PyTorch's until `activate`. So it is of
+    `trilby.kernels.linear` and `gelu`; PyTorch's, which `activate` leaves alone, are not told of. torch's random
     generator is left as it was. Calls on CPU tensors are seen.
 
     Returns:
@@ -124,7 +134,7 @@ class _Teller:
             result = compute()
         finally:
             self.depth -= 1
-        self.served += call.operator.startswith("trilby::")
+        self.served += call.operator.startswith("trilby::") and not call.handed_over
         if self.depth == 0:
             self.heard(_explanation(call, self._count() > before))
         return result
@@ -137,9 +147,12 @@ def _explanation(call: Call, is_trilbys: bool) -> Explanation:
     tensors = [value for value in call.arguments.values() if isinstance(value, Tensor)]
     inputs = " ".join(f"{list(tensor.shape)}" for tensor in tensors[:3]) + f" {_dtypes(tensors)}"
     function = _KNOWN_AS[call.operator]
+    if call.arguments.get("query_starts") is not None:
+        function = function.replace("scaled_dot_product_attention or attend", "varlen_attn")
     if is_trilbys:
         return Explanation(function, call.operator, inputs, f"trilby's C++ kernel ({NATIVE.level})")
-    return Explanation(function, call.operator, inputs, f"PyTorch's {call.operator}", tuple(_reasons(call)))
+    kernel = "PyTorch's operators, one by one" if call.operator.startswith("trilby::") else f"PyTorch's {call.operator}"
+    return Explanation(function, call.operator, inputs, kernel, tuple(_reasons(call)))
 
 
 def _dtypes(tensors: list[Tensor]) -> str:
@@ -150,35 +163,34 @@ def _dtypes(tensors: list[Tensor]) -> str:
 def _reasons(call: Call) -> Iterator[str]:
     """Every reason of the rule that chose PyTorch."""
     name, arguments = call.operator, call.arguments
-    if name.startswith("trilby::"):
+    active = bool((NORM if "norm" in name else ATTENTION).holders)
+    if call.handed_over and not active:
+        yield from call.handed_over
         return
-    is_norm = "norm" in name
-    active = bool((NORM if is_norm else ATTENTION).holders)
-    asked = _asked_explicitly()
-    if not active and not asked:
+    if name.startswith("trilby::") or name in _NEVER_OVERRIDDEN:
+        yield from call.handed_over
+        return
+    if not active:
         yield NOT_ACTIVATED
     if name == "aten::_native_multi_head_attention":
         yield (
             "PyTorch's fast path for inference computes attention and its projections in one operator; "
             "torch.backends.mha.set_fastpath_enabled(False) leaves attention to trilby"
         )
-    elif name == "aten::_scaled_dot_product_attention_math":
-        yield from composed.reasons_against_attention(**arguments)
-    elif name == "aten::rms_norm":
-        yield from composed.reasons_against_rms_norm(**arguments)
-    elif not is_norm:
-        rule = attention.reasons_for_pytorch if asked and not active else reasons_against_attention
-        query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
-        yield from rule(query, key, value, mask, arguments["dropout_p"], enable_gqa=True)
+    elif name in COMPOSED:
+        yield from COMPOSED[name](**arguments).reasons_for_pytorch()
+    elif name in _LAYER_NORM:
+        yield from reasons_against_layer_norm(*(arguments[n] for n in ("input", "normalized_shape", "weight", "bias")))
     else:
-        of_norm = norm.reasons_for_pytorch if asked and not active else reasons_against_layer_norm
-        yield from of_norm(*(arguments[name] for name in ("input", "normalized_shape", "weight", "bias")))
+        yield from _reasons_against_flash_attention(name, arguments)
 
 
-def _asked_explicitly() -> bool:
-    """Whether the call came by way of trilby's own functions, which need no activation."""
-    frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]
-        if frame.f_globals.get("__name__") in (attention.__name__, norm.__name__):
-            return True
-    return False
+def _reasons_against_flash_attention(name: str, arguments: dict[str, Any]) -> Iterator[str]:
+    """As the C++ kernels go by: forward and backward are two choices."""
+    mask = arguments["attn_mask"]
+    if mask is not None and mask.dim() not in (2, 4):
+        yield f"attn_mask is {list(mask.shape)}, and PyTorch's operator takes 2 or 4 dimensions"
+    if arguments["dropout_p"] != 0.0:
+        yield f"dropout_p is {arguments['dropout_p']}, and PyTorch's operator drops nothing"
+    call = AttentionCall.of(arguments["query"], arguments["key"], arguments["value"], mask, enable_gqa=True)
+    yield from attention_rules.reasons_for_pytorch(call._replace(trains="backward" in name))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .observer import LIBRARIES, hand_over_unseen
 from .ops import reasons_against_device
 from .shortcut import reasons_of_context, short_way
 
@@ -176,11 +177,18 @@ def linear(input: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None 
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     if isinstance(weight, QuantizedWeight):
-        if reasons_for_pytorch(input, weight, bias):
-            return F.linear(input, weight.dequantized(input.dtype), bias)
+        if reasons := reasons_for_pytorch(input, weight, bias):
+            quantized = weight
+            arguments = {"input": input, "weight": weight.values, "bias": bias}
+            return hand_over_unseen(
+                "aten::linear", arguments, reasons, lambda: F.linear(input, quantized.dequantized(input.dtype), bias)
+            )
         return _linear(input, weight.values, bias, weight.scales)  # type: ignore[no-any-return]
     # The cheapest question first.
-    is_small = weight.is_cpu and weight.numel() < FEWEST_WEIGHTS.get(weight.dtype, 0)
-    if is_small or reasons_for_pytorch(input, weight, bias):
+    if weight.is_cpu and weight.numel() < FEWEST_WEIGHTS.get(weight.dtype, 0) and not LIBRARIES:
         return F.linear(input, weight, bias)
+    if reasons := reasons_for_pytorch(input, weight, bias):
+        matrix = weight
+        arguments = {"input": input, "weight": weight, "bias": bias}
+        return hand_over_unseen("aten::linear", arguments, reasons, lambda: F.linear(input, matrix, bias))
     return _linear(input, weight, bias, None)  # type: ignore[no-any-return]

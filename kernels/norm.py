@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .observer import LIBRARIES, hand_over
 from .ops import reasons_against_device
 from .seed import draw_seed
 from .shortcut import reasons_of_context, short_way
@@ -31,8 +32,11 @@ _add_norm = short_way("add_norm", tensors=5)
 
 
 def _is_small(input: Tensor) -> bool:
-    """The cheapest question first, 0.3 µs; all those of `reasons_for_pytorch` take 2, PyTorch's whole small call 4."""
-    return input.numel() < FEWEST_ELEMENTS.get(input.dtype, 0) and input.is_cpu
+    """The cheapest question first, 0.3 µs; all those of `reasons_for_pytorch` take 2, PyTorch's whole small call 4.
+
+    Who watches is told all of them.
+    """
+    return input.numel() < FEWEST_ELEMENTS.get(input.dtype, 0) and input.is_cpu and not LIBRARIES
 
 
 def reasons_for_pytorch(
@@ -118,8 +122,11 @@ def layer_norm(
     if _is_small(input):
         # On a CPU there is no cuDNN to enable, and to look that up costs as much as the question above.
         return torch.layer_norm(input, normalized_shape, weight, bias, eps, False)
-    if reasons_for_pytorch(input, normalized_shape, weight, bias):
-        return torch.layer_norm(input, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled)
+    if reasons := reasons_for_pytorch(input, normalized_shape, weight, bias):
+        return hand_over(
+            reasons,
+            lambda: torch.layer_norm(input, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled),
+        )
     normalized: Tensor = _norm(input, weight, bias, len(normalized_shape), True, eps)[0]
     return normalized
 
@@ -150,8 +157,10 @@ def rms_norm(
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    if _is_small(input) or reasons_for_pytorch(input, normalized_shape, weight):
+    if _is_small(input):
         return torch.rms_norm(input, normalized_shape, weight, eps)
+    if reasons := reasons_for_pytorch(input, normalized_shape, weight):
+        return hand_over(reasons, lambda: torch.rms_norm(input, normalized_shape, weight, eps))
     eps = _rms_eps(eps, input.dtype)
     normalized: Tensor = _norm(input, weight, None, len(normalized_shape), False, eps)[0]
     return normalized
@@ -210,9 +219,12 @@ def add_layer_norm(
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return layer_norm(summed, normalized_shape, weight, bias, eps), summed
-    if reasons_for_pytorch(stream, normalized_shape, weight, bias):
+    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, bias):
         summed = _pytorchs_sum(stream, branch, dropout_p)
-        return torch.layer_norm(summed, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled), summed
+        return hand_over(
+            reasons,
+            lambda: torch.layer_norm(summed, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled),
+        ), summed
     seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)
     results: tuple[Tensor, ...] = _add_norm(stream, branch, weight, bias, seed, dims, True, eps, dropout_p)
@@ -251,9 +263,9 @@ def add_rms_norm(
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return rms_norm(summed, normalized_shape, weight, eps), summed
-    if reasons_for_pytorch(stream, normalized_shape, weight):
+    if reasons := reasons_for_pytorch(stream, normalized_shape, weight):
         summed = _pytorchs_sum(stream, branch, dropout_p)
-        return torch.rms_norm(summed, normalized_shape, weight, eps), summed
+        return hand_over(reasons, lambda: torch.rms_norm(summed, normalized_shape, weight, eps)), summed
     eps = _rms_eps(eps, stream.dtype)
     seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)

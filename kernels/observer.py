@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.library import Library, get_kernel
@@ -16,6 +16,7 @@ from torch.library import Library, get_kernel
 from .override import Override
 
 Watcher = Callable[["Call", Callable[[], Any]], Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Call:
     Attributes:
         operator: "aten::native_layer_norm", as PyTorch's profiler names it.
         arguments: What it was called with, by name, defaults filled in.
+        handed_over: Why one of trilby's own functions left the call to PyTorch's; none: it was not asked.
     """
 
     operator: str
     arguments: dict[str, Any]
+    handed_over: tuple[str, ...] = ()
 
 
 # Operators with a kernel for CPUs, and those that PyTorch composes of others: there, above autograd and below.
@@ -43,33 +46,37 @@ _OF_CPU = (
     "trilby::norm",
     "trilby::add_norm",
     "trilby::norm_backward",
+    "trilby::linear",
+    "trilby::gelu",
+    "trilby::gelu_backward",
 )
 _COMPOSED = ("aten::_scaled_dot_product_attention_math", "aten::rms_norm")
 OBSERVED = dict.fromkeys(_OF_CPU, ("CPU",)) | dict.fromkeys(_COMPOSED, ("CPU", "AutogradCPU"))
 
 
 class _Watching(threading.local):
-    """Who watches in this thread, the last to come first."""
+    """Who watches in this thread, the last to come first, and why what is called now was handed over."""
 
     watcher: Watcher | None = None
+    handed_over: tuple[str, ...] = ()
 
 
 _watching = _Watching()
-_libraries: list[Library] = []
+LIBRARIES: list[Library] = []  # empty while nobody watches, in any thread
 
 
 def _provide() -> None:
     for operator, keys in OBSERVED.items():
         namespace, name = operator.split("::")
         library = Library(namespace, "IMPL")
-        _libraries.append(library)
+        LIBRARIES.append(library)
         for key, below in [(key, get_kernel(operator, key)) for key in keys]:
             library.impl(name, _kernel(operator, below), key, with_keyset=True)
 
 
 def _withdraw() -> None:
-    while _libraries:
-        _libraries.pop()._destroy()
+    while LIBRARIES:
+        LIBRARIES.pop()._destroy()
 
 
 OBSERVERS = Override(_provide, _withdraw, on_top=True)
@@ -102,6 +109,25 @@ def _kernel(operator: str, below: Any) -> Callable[..., Any]:
             return compute()
         arguments = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         arguments |= dict(zip((a.name for a in schema.arguments), given)) | named
-        return watcher(Call(operator, arguments), compute)
+        return watcher(Call(operator, arguments, _watching.handed_over), compute)
 
     return call
+
+
+def hand_over(reasons: tuple[str, ...], compute: Callable[[], Result]) -> Result:
+    """`compute()`, by which a function of trilby's own leaves a call to PyTorch's, `reasons` being why."""
+    if torch.compiler.is_compiling() or _watching.watcher is None:
+        return compute()
+    before, _watching.handed_over = _watching.handed_over, reasons
+    try:
+        return compute()
+    finally:
+        _watching.handed_over = before
+
+
+def hand_over_unseen(
+    operator: str, arguments: dict[str, Any], reasons: tuple[str, ...], compute: Callable[[], Result]
+) -> Result:
+    """`hand_over`, to a function of PyTorch's whose operators nobody observes."""
+    watcher = None if torch.compiler.is_compiling() else _watching.watcher
+    return compute() if watcher is None else cast(Result, watcher(Call(operator, arguments, reasons), compute))

@@ -19,19 +19,14 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.nn import attention as pytorch_attention
 
-from . import attention
-from .composed import override_attention, override_rms_norm, reasons_against_mask
+from . import attention_rules as rules
+from .composed import override
 from .native import REBUILD
 from .norm import KERNEL_DTYPES
 from .ops import NATIVE
 from .override import Override, release_all
 
 NAME = "trilby"  # among PyTorch's implementations of flash attention
-
-# With a mask, in float32. Measured on one thread, PyTorch's time over trilby's, forward (and with the backward): 0.79
-# (0.79) at 3 million, 0.98 (0.92) at 13, 1.06 (1.03) at 50, 1.27 (1.12) at 67. In bfloat16 the limit is that without a
-# mask: 0.98 (3.6) at 1 million, 1.06 (3.3) at 3.
-FEWEST_MASKED_MULTIPLICATIONS = 50_000_000
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _FOR_GOOD = object()  # what `activate` holds the overrides for
@@ -48,28 +43,6 @@ def _pytorchs_norms() -> Library:
 
         library.impl(f"pytorch_{name}", call, "CPU")
     return library
-
-
-def reasons_against_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    enable_gqa: bool = True,
-) -> tuple[str, ...]:
-    """Every reason why flash attention is PyTorch's to compute while trilby is in its place: as in the C++ kernels."""
-    reasons = attention.reasons_for_pytorch(query, key, value, None, dropout_p, enable_gqa)
-    return *reasons, *(_reasons_against_mask(query, key, attn_mask) if attn_mask is not None else ())
-
-
-def _reasons_against_mask(query: Tensor, key: Tensor, mask: Tensor) -> Iterator[str]:
-    yield from reasons_against_mask(query, key, mask)
-    if mask.dim() not in (2, 4):
-        yield f"attn_mask is {list(mask.shape)}, and PyTorch's operator takes 2 or 4 dimensions"
-    multiplications = query.numel() * key.shape[-2]
-    if query.dtype == torch.float32 and multiplications < FEWEST_MASKED_MULTIPLICATIONS:
-        yield f"masked scores take {multiplications} multiplications, fewer than {FEWEST_MASKED_MULTIPLICATIONS}"
 
 
 def reasons_against_layer_norm(
@@ -115,12 +88,15 @@ def _provide_attention() -> None:
     if not NATIVE.loaded:
         return
     torch.ops.trilby.provide_attention(
-        attention.FEWEST_QUERIES,
-        attention.FEWEST_MULTIPLICATIONS,
-        FEWEST_MASKED_MULTIPLICATIONS,
-        attention.LARGEST_HEAD_DIM,
+        rules.FEWEST_QUERIES,
+        rules.FEWEST_MULTIPLICATIONS,
+        rules.FEWEST_MASKED_MULTIPLICATIONS,
+        rules.LARGEST_HEAD_DIM,
+        rules.MOST_DECODED,
+        rules.MOST_DECODED_ROWS,
+        rules.FEWEST_CACHED,
     )
-    _libraries["attention"].append(override_attention())
+    _libraries["attention"].append(override("aten::_scaled_dot_product_attention_math"))
 
 
 def _withdraw_attention() -> None:
@@ -131,7 +107,7 @@ def _withdraw_attention() -> None:
 
 def _provide_norm() -> None:
     if NATIVE.loaded:
-        _libraries["norm"] += [_pytorchs_norms(), override_rms_norm()]
+        _libraries["norm"] += [_pytorchs_norms(), override("aten::rms_norm")]
         torch.ops.trilby.provide_layer_norm()
 
 

@@ -9,7 +9,8 @@ from attention_case import DTYPES, needs_extension
 from tolerance import assert_as_exact_as
 from torch import Tensor
 from trilby.kernels import reference, scaled_dot_product_attention
-from trilby.kernels.attention import FEWEST_CACHED, MOST_DECODED, MOST_DECODED_ROWS, reasons_for_pytorch
+from trilby.kernels.attention import reasons_for_pytorch
+from trilby.kernels.attention_rules import FEWEST_CACHED, MOST_DECODED, MOST_DECODED_ROWS
 from trilby.kernels.options import AttentionOptions
 
 OPERATOR = torch.ops.trilby.attention

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from attention_case import DTYPES, Case, needs_extension, pytorch, trilby
 from tolerance import assert_as_exact_as
-from torch import Tensor
+from torch import Tensor, nn
 from trilby.kernels import reference, scaled_dot_product_attention
 from trilby.kernels.attention import reasons_for_pytorch
+from trilby.kernels.attention_rules import FEWEST_MASKED_MULTIPLICATIONS
 
 CASE = Case(2, 4, 4, 100, 100, 32, 32)
 
@@ -22,7 +23,7 @@ def test_trilby_computes_what_it_covers() -> None:
 @pytest.mark.parametrize(
     ("reason", "arguments"),
     [
-        ("attn_mask is given in torch.float32", {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}),
+        ("masked scores take 2560000 mult", {"attn_mask": torch.ones(100, 100, dtype=torch.bool)}),
         ("attn_mask requires a gradient", {"attn_mask": torch.zeros(100, 100, requires_grad=True)}),
     ],
 )
@@ -70,13 +71,19 @@ def test_a_mask_with_is_causal_is_pytorchs() -> None:
 
 
 @needs_extension
-def test_a_mask_of_float16_is_trilbys_in_training_alone() -> None:
-    query, key, value = CASE.inputs(torch.float16)
-    mask = torch.ones(100, 100, dtype=torch.bool)
-    assert reasons_for_pytorch(query, key, value, mask) == ()
-    with torch.no_grad():
+def test_masks_of_float32_are_trilbys_where_they_hide_blocks_of_enough_scores() -> None:
+    length = -(-FEWEST_MASKED_MULTIPLICATIONS // (2 * 64 * 32))
+    query, (key, value) = torch.randn(1, 2, 64, 32), torch.randn(2, 1, 2, length, 32)
+    seen = torch.ones(64, length, dtype=torch.bool).tril(length - 64)
+    hidden = torch.zeros(64, length).masked_fill(~seen, -torch.inf)
+    for mask in (seen, hidden, hidden.T.contiguous().T, hidden.expand(1, 2, 64, length), hidden[:1]):
+        assert reasons_for_pytorch(query, key, value, mask) == ()
+    for mask in (seen, hidden):
+        (reason,) = reasons_for_pytorch(query, key[:, :, 1:], value[:, :, 1:], mask[:, 1:])
+        assert reason.startswith("masked scores take")
+    for mask in (torch.randn(64, length), hidden[-1], nn.Parameter(hidden, requires_grad=False)):
         (reason,) = reasons_for_pytorch(query, key, value, mask)
-    assert reason.startswith("attn_mask is given in torch.float16 without gradients")
+        assert reason == "attn_mask is added in float32, and no corner of it hides a pair"
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_a_mask_that_learns_is_pytorchs_to_compute():
     with activated():
         (found,) = explain(F.scaled_dot_product_attention, *inputs, attn_mask=mask)
         F.scaled_dot_product_attention(*inputs, attn_mask=mask, dropout_p=0.1).sum().backward()
-    assert "attn_mask requires a gradient" in found.reasons
+    assert any(reason.startswith("attn_mask requires a gradient") for reason in found.reasons)
     assert mask.grad.any()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import activated, attention, explain, norm
+from trilby.kernels import activated, attention_rules, explain, norm
 from trilby.kernels.ops import NATIVE
 
 pytestmark = [
@@ -39,15 +39,16 @@ def opinfos() -> dict[str, object]:
 @pytest.fixture
 def any_size(monkeypatch) -> Iterator[None]:
     """No call is too small for trilby."""
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 1)
-    monkeypatch.setattr(attention, "FEWEST_MULTIPLICATIONS", 1)
+    for limit in ("FEWEST_QUERIES", "FEWEST_MULTIPLICATIONS", "FEWEST_MASKED_MULTIPLICATIONS"):
+        monkeypatch.setattr(attention_rules, limit, 1)
+    monkeypatch.setattr(attention_rules, "MOST_DECODED", 0)
     monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
     monkeypatch.setattr(norm, "NARROWEST_ROW", 2)  # of one, PyTorch rounds the gradient its own way
     monkeypatch.setattr(norm, "LINE_BYTES", 1)
-    for rule in (attention, norm):
+    for rule in (attention_rules, norm):
         rule._remembered_reasons.cache_clear()
     yield
-    for rule in (attention, norm):
+    for rule in (attention_rules, norm):
         rule._remembered_reasons.cache_clear()
 
 

@@ -14,8 +14,16 @@ from activation import (
 )
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import activate, activated, explain, provider, reference, restore, scaled_dot_product_attention
-from trilby.kernels.attention import FEWEST_MULTIPLICATIONS, FEWEST_QUERIES, LARGEST_HEAD_DIM
+from trilby.kernels import (
+    activate,
+    activated,
+    attention_rules,
+    explain,
+    reference,
+    restore,
+    scaled_dot_product_attention,
+)
+from trilby.kernels.attention_rules import FEWEST_MULTIPLICATIONS, FEWEST_QUERIES, LARGEST_HEAD_DIM
 from trilby.kernels.ops import NATIVE
 
 pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
@@ -204,8 +212,9 @@ def test_the_limits_are_seen_in_the_bits():
 
 
 def seen(*shape: int) -> Tensor:
-    """A mask whose fourth row sees nothing."""
+    """A mask whose fourth row sees nothing, and the last one not the first key."""
     hidden = torch.rand(shape) < 0.4
+    hidden[..., -1, 0] = True
     hidden[..., min(3, shape[-2] - 1), :] |= shape[-2] > 1
     return ~hidden
 
@@ -222,7 +231,7 @@ MASKS = {
 @pytest.fixture
 def small_masks(monkeypatch):
     """No masked call is too small for trilby."""
-    monkeypatch.setattr(provider, "FEWEST_MASKED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(attention_rules, "FEWEST_MASKED_MULTIPLICATIONS", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -244,11 +253,12 @@ def test_masked_attention_is_as_exact_as_pytorchs(small_masks, dtype, mask, kind
 
 
 def test_the_limit_of_masked_attention_is_the_one_that_is_named():
-    fewest = provider.FEWEST_MASKED_MULTIPLICATIONS
+    fewest = attention_rules.FEWEST_MASKED_MULTIPLICATIONS
     for length, expected in ((fewest // 64**2 - 1, False), (-(-fewest // 64**2), True)):
         query, key = torch.randn(1, 1, 64, 64), torch.randn(1, 1, length, 64)
         with activated():
-            (found,) = explain(F.scaled_dot_product_attention, query, key, key, attn_mask=torch.zeros(64, length))
+            mask = torch.ones(64, length, dtype=torch.bool).tril()
+            (found,) = explain(F.scaled_dot_product_attention, query, key, key, attn_mask=mask)
             assert found.is_trilbys == expected == (not found.reasons)
 
 

@@ -1,0 +1,223 @@
+"""Who computes a call of attention: every reason why it is PyTorch's, from sizes, dtypes and devices alone.
+
+`scaled_dot_product_attention`, trilby in PyTorch's place, `explain` and transformers' interface all ask here, and the
+kernels in PyTorch's place (csrc/bindings_provider.cpp) go by the same limits.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import reasons_against_device
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 256
+# The C++ kernels hold up to 32 queries in their lanes, whether there are as many or not.
+FEWEST_QUERIES = 32
+# Fewer are decoded, by a kernel of their own, up to so many, and so many queries of all heads that share their keys
+# (csrc/attention_plan.h has the same bounds).
+MOST_DECODED, MOST_DECODED_ROWS = 4, 32
+# Numbers in the keys, B·Hkv·S·D, below which such a call is over sooner in PyTorch. Measured on one thread, 12 heads of
+# 64, the operator alone, PyTorch's time over trilby's in float32 (and in bfloat16): 0.77 (0.69) with 32 keys, 1.14
+# (0.86) with 128; in batches of 8, 1.35 (1.19) with 1024.
+FEWEST_CACHED = 2**20
+# Multiplications for the scores, B·H·T·S·D, below which a call is over sooner in PyTorch. Measured on one thread,
+# PyTorch's time over trilby's, in float32, forward (and with the backward): 0.95 (0.83) at 0.8 million and T = 32,
+# 1.29 (1.06) at 3 million, 1.46 (1.26) at 6; in bfloat16 1.1 (5.7), 1.6 (4.7), 1.8 (8.7).
+# With dropout no call is too small: 1.5 (1.3) at B·H·T·D = 1·4·16·32 in float32 and 1.7 (1.5) in bfloat16, 5 (2.4) at
+# 2·4·64·32, 8 (3.7) at 2·6·256·64.
+FEWEST_MULTIPLICATIONS = 2_000_000
+# With a mask, in float32. Measured likewise, at 13 (and 67, 805) million: a mask of padding 1.07 (1.18, 1.13), with the
+# backward 0.99 (1.10, 1.22); causal and of padding 1.19 (1.31, 1.33), 1.13 (1.28, 1.48); of documents 1.4 (1.9, 2.2),
+# 1.4 (1.9, 2.5); numbers to be added that hide nothing 1.06 (0.96, 0.83), 0.98 (0.92, 0.92), so those are PyTorch's. In
+# float16 the same gain 1.35 (1.35, 1.24), 1.48 (1.47, 1.60), 1.8 (2.2, 2.7), 1.25 (1.06, 1.01), and 1.2 to 4 with the
+# backward, in bfloat16 1.2 to 1.8, and 1.6 to 3 with it.
+FEWEST_MASKED_MULTIPLICATIONS = 10_000_000
+
+
+class Mask(NamedTuple):
+    """What a mask is, without its numbers.
+
+    Attributes:
+        shape: It broadcasts to [B, H, T, S].
+        dtype: torch.bool (true is seen), or that of the numbers that are added.
+        device: Where it is.
+        is_differentiated: Whether somebody wants its gradient.
+        hides: Whether it may hide pairs, whose blocks are skipped.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    is_differentiated: bool = False
+    hides: bool = True
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Mask":
+        """That of a tensor."""
+        return cls(mask.shape, mask.dtype, mask.device, mask.requires_grad and torch.is_grad_enabled(), hides(mask))
+
+
+class AttentionCall(NamedTuple):
+    """All that decides who computes a call of `scaled_dot_product_attention`.
+
+    Attributes:
+        query: The size, [B, H, T, D] for trilby's kernels.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        dtypes: Of query, key and value.
+        devices: Likewise.
+        mask: The mask, if there is one.
+        dropout_p: As the function's.
+        is_causal: As the function's.
+        enable_gqa: As the function's.
+        trains: Whether somebody wants a gradient.
+    """
+
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[torch.device, ...]
+    mask: Mask | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    enable_gqa: bool = False
+    trains: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+    ) -> "AttentionCall":
+        """That of the function's arguments."""
+        return cls(
+            query.shape,
+            key.shape,
+            value.shape,
+            (query.dtype, key.dtype, value.dtype),
+            (query.device, key.device, value.device),
+            None if attn_mask is None else Mask.of(attn_mask),
+            dropout_p,
+            is_causal,
+            enable_gqa,
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        )
+
+
+def hides(mask: Tensor) -> bool:
+    """Whether `mask` may hide pairs, as far as it matters: of numbers in float32 a corner of a batch must show it.
+
+    A causal mask hides the last key from the first query, one of padding the first or the last key from the last query.
+    Only numbers that are at hand are looked at.
+    """
+    if mask.dtype != torch.float32 or not mask.is_cpu:
+        return True
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.dim() < 2 or mask.numel() == 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    corners = torch.stack([mask.detach()[..., i, j] for i, j in ((0, -1), (-1, 0), (-1, -1))])
+    return bool(corners.isneginf().any())
+
+
+def reasons_for_pytorch(call: AttentionCall) -> tuple[str, ...]:
+    """Every reason why a call is PyTorch's to compute; none: trilby computes it."""
+    if torch.compiler.is_compiling():  # sizes are symbols there, and the answer a guard
+        return tuple(_reasons(call))
+    return _remembered_reasons(call)
+
+
+@lru_cache(4096)
+def _remembered_reasons(call: AttentionCall) -> tuple[str, ...]:
+    return tuple(_reasons(call))
+
+
+def _reasons(call: AttentionCall) -> Iterator[str]:
+    device, dtype, mask, dropout_p = call.devices[0], call.dtypes[0], call.mask, call.dropout_p
+    if mask is not None and call.is_causal:
+        yield "attn_mask and is_causal are both given"
+    if not 0.0 <= dropout_p <= 1.0:
+        yield f"dropout_p is {dropout_p}, no probability"
+    yield from _reasons_against_kernel(call)
+    if device.type != "cpu":
+        if mask is not None:
+            yield "attn_mask is given"
+        if dropout_p != 0.0:
+            yield f"dropout_p is {dropout_p}"
+        return
+    if len(call.query) != 4 or len(call.value) != 4:
+        return
+    if mask is not None:
+        yield from map(str, errors_of_mask(mask, (*call.query[:3], call.value[2]), dtype, device))
+    if dropout_p == 0.0:
+        yield from _reasons_of_size(call)
+
+
+def _reasons_against_kernel(call: AttentionCall) -> Iterator[str]:
+    """Every reason why no kernel of trilby's can compute a call, of whatever size."""
+    dtypes, devices = call.dtypes, call.devices
+    if dtypes[0] not in KERNEL_DTYPES or not dtypes[0] == dtypes[1] == dtypes[2]:
+        yield f"dtypes are {', '.join(map(str, dtypes))}, not all one of float32, bfloat16, float16"
+    if not devices[0] == devices[1] == devices[2]:
+        yield f"devices are {', '.join(map(str, devices))}, not one"
+    yield from reasons_against_device(devices[0])
+    if not len(call.query) == len(call.key) == len(call.value) == 4:
+        yield "query, key and value are not all [B, H, T, D]"
+        return
+    B, H, T, D = call.query
+    _, Hkv, S, Dv = call.value
+    if call.key != (B, Hkv, S, D) or call.value[0] != B:
+        yield "sizes of query, key and value do not agree, or must be broadcast"
+    if Hkv != H and not (call.enable_gqa and Hkv > 0 and H % Hkv == 0):
+        yield f"query has {H} heads and key {Hkv}"
+    if max(D, Dv) > LARGEST_HEAD_DIM:
+        yield f"the head dimension is {max(D, Dv)}, above {LARGEST_HEAD_DIM}"
+    if min(B, H, T, S, D, Dv) == 0:
+        yield "a size is zero"
+
+
+def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
+    """Why a call on a CPU, without dropout, may be over sooner in PyTorch."""
+    B, H, T, D = call.query
+    Hkv, S = call.value[1:3]
+    multiplications = B * H * T * S * D
+    if T <= MOST_DECODED and not call.trains:
+        rows, cached = H * T // max(Hkv, 1), B * Hkv * S * D
+        if rows > MOST_DECODED_ROWS:
+            yield f"there are {rows} queries to a key head, more than {MOST_DECODED_ROWS}"
+        if cached < FEWEST_CACHED:
+            yield f"the keys are {cached} numbers, fewer than {FEWEST_CACHED}"
+        return
+    if T < FEWEST_QUERIES:
+        yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"
+    if multiplications < FEWEST_MULTIPLICATIONS:
+        yield f"the scores take {multiplications} multiplications, fewer than {FEWEST_MULTIPLICATIONS}"
+    if call.mask is not None and call.dtypes[0] == torch.float32:
+        if multiplications < FEWEST_MASKED_MULTIPLICATIONS:
+            yield f"masked scores take {multiplications} multiplications, fewer than {FEWEST_MASKED_MULTIPLICATIONS}"
+        if not call.mask.hides:
+            yield "attn_mask is added in float32, and no corner of it hides a pair"
+
+
+def errors_of_mask(
+    mask: Mask, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[TypeError | ValueError]:
+    """What keeps trilby's kernels from masking the scores [B, H, T, S] of a query of `dtype` with `mask`."""
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
+        yield TypeError(f"attn_mask is {mask.dtype}; torch.bool, torch.float32 or query's {dtype} is needed")
+    if mask.is_differentiated:
+        yield ValueError("attn_mask requires a gradient, and trilby's kernels have none for it")
+    if mask.device != device:
+        yield ValueError(f"attn_mask is on {mask.device}, and query on {device}")
+    if len(mask.shape) > 4 or any(given not in (1, wanted) for given, wanted in zip(mask.shape[::-1], size[::-1])):
+        yield ValueError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {tuple(size)}")
