@@ -5,6 +5,7 @@
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.trilby-installed
+TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: bench test lint types compile-matrix doctor clean
@@ -12,9 +13,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 bench: $(READY)
 	$(PYTHON) -m trilby.bench
 
+# Two processes at a time; their threads then outnumber the cores of a small machine, and must not spin while they wait.
+test: export OMP_WAIT_POLICY = passive
 test: lint types
-	$(PYTHON) -m pytest -m "not slow"
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m slow
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
