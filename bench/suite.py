@@ -98,7 +98,7 @@ class Plan:
         before = _evict if self.cold else None
         if self.quick:
             return Budget(seconds=0.1, most_rounds=50, before=before)
-        return Budget(seconds=0.6, before=before)
+        return Budget(seconds=0.45, before=before)
 
 
 def allocator_row(plan: Plan, ceilings: Ceilings) -> Row:

@@ -64,7 +64,7 @@ class Lesson:
 
 # nanoGPT's model of Shakespeare's characters, with a batch that two processors take a quarter of a second for. Not
 # under autocast: on a processor without tiles (AMX), PyTorch's step took three times as long in bfloat16.
-LESSON = Lesson(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=2, steps=36, precisions=("float32",))
+LESSON = Lesson(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=2, steps=24, precisions=("float32",))
 QUICK_LESSON = Lesson(
     n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=4, steps=12, precisions=("float32", "bfloat16")
 )
