@@ -6,7 +6,7 @@
 namespace trilby {
 
 // Queries of a sequence, and of all heads that share its keys together, up to which the decode kernel is the faster.
-constexpr int64_t DECODE_MOST_QUERIES = 4, DECODE_MOST_ROWS = 32;
+constexpr int64_t DECODE_MOST_QUERIES = 8, DECODE_MOST_ROWS = 32;
 
 static inline int64_t longest_query(const AttentionForward& problem) {
   const int32_t* starts = problem.sequences.query_starts;
@@ -27,6 +27,11 @@ static inline bool decodes(const AttentionForward& problem) {
     return false;
   const int64_t queries = longest_query(problem);
   return queries <= DECODE_MOST_QUERIES && queries * (shape.query_heads / shape.key_heads) <= DECODE_MOST_ROWS;
+}
+
+// The forward kernel that computes `problem` soonest.
+static inline auto forward_kernel(const Kernels& kernels, const AttentionForward& problem) {
+  return decodes(problem) ? kernels.attention_decode : kernels.attention_forward;
 }
 
 }  // namespace trilby

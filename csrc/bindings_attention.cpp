@@ -187,8 +187,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                             view_of(value),
                                             view_of(output),
                                             logsumexp.mutable_data_ptr<float>()};
-  const auto& kernels = trilby::kernels();
-  (trilby::decodes(problem) ? kernels.attention_decode : kernels.attention_forward)(problem, torch_threads());
+  trilby::forward_kernel(trilby::kernels(), problem)(problem, torch_threads());
   return {output, logsumexp};
 }
 

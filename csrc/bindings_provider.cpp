@@ -3,6 +3,7 @@
 // compute: attention by PyTorch's C functions, which lead straight to its kernel; layer norm, for which there are none,
 // by an operator of trilby that kernels/provider.py fills with the kernel that was there before. That takes longer than
 // computing a tiny norm (8 µs against 2), so only norms that no kernel of trilby's can compute take that way.
+#include "attention_plan.h"
 #include "bindings.h"
 #include "norm_plan.h"
 
@@ -36,7 +37,8 @@ using Optional = std::optional<Tensor>;
 // Which calls of attention are worth taking; kernels/attention_rules.py says why.
 struct Limits {
   int64_t fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim, most_decoded,
-      most_decoded_rows, fewest_cached;
+      most_decoded_rows, few_decoded;
+  std::vector<int64_t> fewest_decoded;  // in float32, bfloat16 and float16
 } limits;
 
 // What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
@@ -122,7 +124,9 @@ bool is_worth_taking(const Tensor& query, const Tensor& key, const Optional& mas
   const auto q = query.sizes(), k = key.sizes();
   const int64_t H = q[1], T = q[2], multiplications = query.numel() * k[2];
   if (direction == FORWARD && T <= limits.most_decoded) {
-    return H * T / k[1] <= limits.most_decoded_rows && key.numel() >= limits.fewest_cached;
+    const auto dtype = static_cast<size_t>(trilby::dtype_of(query, "query"));
+    const int64_t fewest = limits.fewest_decoded[dtype] * (T <= limits.few_decoded ? 1 : 4);
+    return H * T / k[1] <= limits.most_decoded_rows && multiplications >= fewest;
   }
   if (T < limits.fewest_queries || multiplications < limits.fewest_multiplications) return false;
   return !mask || query.scalar_type() != ScalarType::Float ||
@@ -203,10 +207,17 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   const Tensor by_head = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
   const Tensor logsumexp = empty({B, H, T}, {T * H, 1, H}, ScalarType::Float);
-  trilby::kernels().attention_forward(
-      {shape, sequences, attention_rule(query, is_causal, mask, scale), view_of(query), view_of(key), view_of(value),
-       view_of(output), by_head.mutable_data_ptr<float>()},
-      trilby::torch_threads());
+  const trilby::AttentionForward problem = {shape,
+                                            sequences,
+                                            attention_rule(query, is_causal, mask, scale),
+                                            view_of(query),
+                                            view_of(key),
+                                            view_of(value),
+                                            view_of(output),
+                                            by_head.mutable_data_ptr<float>()};
+  const auto kernel = T <= limits.most_decoded ? trilby::forward_kernel(trilby::kernels(), problem)
+                                               : trilby::kernels().attention_forward;
+  kernel(problem, trilby::torch_threads());
   to_pytorchs(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
 }
@@ -385,10 +396,16 @@ std::unique_ptr<StableLibrary> aten() {
 }
 
 void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t fewest_masked_multiplications,
-                       int64_t largest_head_dim, int64_t most_decoded, int64_t most_decoded_rows,
-                       int64_t fewest_cached) {
-  limits = {fewest_queries,    fewest_multiplications, fewest_masked_multiplications, largest_head_dim, most_decoded,
-            most_decoded_rows, fewest_cached};
+                       int64_t largest_head_dim, int64_t most_decoded, int64_t most_decoded_rows, int64_t few_decoded,
+                       std::vector<int64_t> fewest_decoded) {
+  limits = {fewest_queries,
+            fewest_multiplications,
+            fewest_masked_multiplications,
+            largest_head_dim,
+            most_decoded,
+            most_decoded_rows,
+            few_decoded,
+            std::move(fewest_decoded)};
   attention_library = aten();
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
@@ -411,7 +428,8 @@ Sizes served_calls() { return {served.begin(), served.end()}; }
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def(
       "provide_attention(int fewest_queries, int fewest_multiplications, int fewest_masked_multiplications, "
-      "int largest_head_dim, int most_decoded, int most_decoded_rows, int fewest_cached) -> ()");
+      "int largest_head_dim, int most_decoded, int most_decoded_rows, int few_decoded, "
+      "int[] fewest_decoded) -> ()");
   library.def("withdraw_attention() -> ()");
   library.def("provide_layer_norm() -> ()");
   library.def("withdraw_layer_norm() -> ()");

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
 from . import attention_rules, reference
 from .attention_arguments import Arguments, checked_softcap, contiguous
-from .attention_rules import FEWEST_CACHED, FEWEST_MULTIPLICATIONS, KERNEL_DTYPES, LARGEST_HEAD_DIM, AttentionCall
+from .attention_rules import FEWEST_DECODED, FEWEST_MULTIPLICATIONS, KERNEL_DTYPES, LARGEST_HEAD_DIM, AttentionCall
 from .observer import LIBRARIES, hand_over, hand_over_unseen
 from .ops import reasons_against_device
 from .options import TENSORS, UNBOUNDED, AttentionOptions
@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     # The cheapest question first.
-    few = min(FEWEST_MULTIPLICATIONS, FEWEST_CACHED)
+    few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
     is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
     if is_small and not LIBRARIES:
         return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

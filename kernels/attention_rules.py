@@ -18,12 +18,18 @@ LARGEST_HEAD_DIM = 256
 # The C++ kernels hold up to 32 queries in their lanes, whether there are as many or not.
 FEWEST_QUERIES = 32
 # Fewer are decoded, by a kernel of their own, up to so many, and so many queries of all heads that share their keys
-# (csrc/attention_plan.h has the same bounds).
-MOST_DECODED, MOST_DECODED_ROWS = 4, 32
-# Numbers in the keys, B·Hkv·S·D, below which such a call is over sooner in PyTorch. Measured on one thread, 12 heads of
-# 64, the operator alone, PyTorch's time over trilby's in float32 (and in bfloat16): 0.77 (0.69) with 32 keys, 1.14
-# (0.86) with 128; in batches of 8, 1.35 (1.19) with 1024.
-FEWEST_CACHED = 2**20
+# (csrc/attention_plan.h has the same bounds). Measured on one thread, 12 heads of 64 and 1024 keys, PyTorch's time over
+# trilby's in float32 (bfloat16, float16), for 4, 8, 12 and 16 queries: 1.28 (1.56, 1.75), 1.06 (1.27, 1.30), 0.90
+# (1.46, 1.09), 0.99 (1.33, 0.97); by the kernel of many queries, 8 take twice PyTorch's time.
+MOST_DECODED, MOST_DECODED_ROWS = 8, 32
+# Multiplications for the scores, B·H·T·S·D, below which such a call is over sooner in PyTorch, up to FEW_DECODED
+# queries; four times as many above. Measured likewise, of one query, the operator alone, at (B, H, S) = (1, 2, 1024),
+# (1, 12, 256), (8, 12, 256), (1, 12, 8192), that is 0.1, 0.2, 1.6 and 6.3 million: 1.05 (0.83, 2.0), 1.09 (1.0, 2.9),
+# 1.5 (1.2, 3.0), 1.2 (1.1, 2.8); of two at 0.3, 0.4, 3.1 and 12.6 million: 0.78 (1.2, 1.5), 0.94 (1.4, 1.7), 1.2
+# (1.9, 2.2), 1.3 (1.9, 2.2); of eight at (1, 12, 256), (1, 12, 1024) and (8, 12, 1024), 1.6, 6.3 and 50 million: 0.87
+# (1.07, 1.20), 1.06 (1.27, 1.30), 1.37 (1.42, 1.45).
+FEWEST_DECODED = {torch.float32: 2**20, torch.bfloat16: 2**19, torch.float16: 2**17}
+FEW_DECODED = 4
 # Multiplications for the scores, B·H·T·S·D, below which a call is over sooner in PyTorch. Measured on one thread,
 # PyTorch's time over trilby's, in float32, forward (and with the backward): 0.95 (0.83) at 0.8 million and T = 32,
 # 1.29 (1.06) at 3 million, 1.46 (1.26) at 6; in bfloat16 1.1 (5.7), 1.6 (4.7), 1.8 (8.7).
@@ -186,17 +192,22 @@ def _reasons_against_kernel(call: AttentionCall) -> Iterator[str]:
         yield "a size is zero"
 
 
+def fewest_decoded(dtype: torch.dtype, T: int) -> int:
+    """Multiplications for the scores of T queries, MOST_DECODED at most, from which on decoding is faster here."""
+    return FEWEST_DECODED.get(dtype, FEWEST_DECODED[torch.float32]) * (1 if T <= FEW_DECODED else 4)
+
+
 def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
     """Why a call on a CPU, without dropout, may be over sooner in PyTorch."""
     B, H, T, D = call.query
     Hkv, S = call.value[1:3]
     multiplications = B * H * T * S * D
     if T <= MOST_DECODED and not call.trains:
-        rows, cached = H * T // max(Hkv, 1), B * Hkv * S * D
+        rows, fewest = H * T // max(Hkv, 1), fewest_decoded(call.dtypes[0], T)
         if rows > MOST_DECODED_ROWS:
             yield f"there are {rows} queries to a key head, more than {MOST_DECODED_ROWS}"
-        if cached < FEWEST_CACHED:
-            yield f"the keys are {cached} numbers, fewer than {FEWEST_CACHED}"
+        if multiplications < fewest:
+            yield f"the scores take {multiplications} multiplications, fewer than {fewest}"
         return
     if T < FEWEST_QUERIES:
         yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"

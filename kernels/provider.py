@@ -94,7 +94,8 @@ def _provide_attention() -> None:
         rules.LARGEST_HEAD_DIM,
         rules.MOST_DECODED,
         rules.MOST_DECODED_ROWS,
-        rules.FEWEST_CACHED,
+        rules.FEW_DECODED,
+        [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
     )
     _libraries["attention"].append(override("aten::_scaled_dot_product_attention_math"))
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from attention_case import DTYPES, needs_extension
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import reference, scaled_dot_product_attention
+from torch.nn.attention.bias import causal_lower_right
+from trilby.kernels import activated, reference, scaled_dot_product_attention
 from trilby.kernels.attention import reasons_for_pytorch
-from trilby.kernels.attention_rules import FEWEST_CACHED, MOST_DECODED, MOST_DECODED_ROWS
+from trilby.kernels.attention_rules import FEW_DECODED, MOST_DECODED, MOST_DECODED_ROWS, fewest_decoded
 from trilby.kernels.options import AttentionOptions
 
 OPERATOR = torch.ops.trilby.attention
@@ -249,19 +250,55 @@ def test_empty_sizes(sizes: tuple[int, ...]) -> None:
 
 
 @needs_extension
-def test_few_queries_of_many_keys_are_trilbys() -> None:
-    S = -(-FEWEST_CACHED // (4 * 64))
-    for T in (1, MOST_DECODED):
-        query, key, value = draw((1, 4, 4, T, S, 64, 64), torch.float32)
-        assert reasons_for_pytorch(query, key, value) == ()
-        assert any("fewer than" in reason for reason in reasons_for_pytorch(query, key[:, :, 1:], value[:, :, 1:]))
-        truth = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-        rival = F.scaled_dot_product_attention(query, key, value)
-        assert_as_exact_as(scaled_dot_product_attention(query, key, value), rival, truth, "decode")
-    query = torch.empty(1, 4, MOST_DECODED + 1, 64)
-    assert any("queries" in reason for reason in reasons_for_pytorch(query, key, value))
-    query, key = torch.empty(1, 2 * MOST_DECODED_ROWS, 1, 64), torch.empty(1, 1, 4 * S, 64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, FEW_DECODED, FEW_DECODED + 1, MOST_DECODED])
+def test_few_queries_of_many_keys_are_trilbys(T: int, dtype: torch.dtype) -> None:
+    S = -(-fewest_decoded(dtype, T) // (T * 4 * 64))
+    query, key, value = draw((1, 4, 4, T, S, 64, 64), dtype)
+    assert reasons_for_pytorch(query, key, value) == ()
+    assert any("fewer than" in reason for reason in reasons_for_pytorch(query, key[:, :, 1:], value[:, :, 1:]))
+    truth = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    rival = F.scaled_dot_product_attention(query, key, value)
+    assert_as_exact_as(scaled_dot_product_attention(query, key, value), rival, truth, "decode")
+
+
+@needs_extension
+def test_more_queries_and_rows_are_pytorchs() -> None:
+    query, key = torch.empty(1, 4, MOST_DECODED + 1, 64), torch.empty(1, 4, 65536, 64)
+    assert any("queries" in reason for reason in reasons_for_pytorch(query, key, key))
+    query, key = torch.empty(1, 2 * MOST_DECODED_ROWS, 1, 64), torch.empty(1, 1, 65536, 64)
     assert any("queries" in reason for reason in reasons_for_pytorch(query, key, key, enable_gqa=True))
+
+
+# Whoever asks.
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+def test_pytorchs_function_decodes_while_trilby_is_activated(T: int, dtype: torch.dtype) -> None:
+    """The same bits come of the operator; PyTorch makes numbers to be added of a mask that is true where it is seen."""
+    query, key, value = draw((2, 4, 4, T, 2048, 64, 64), dtype)
+    for mask in (None, torch.ones(T, 2048, dtype=torch.bool).tril(2048 - T)):
+        added = mask if mask is None else torch.zeros(2, 4, T, 2048, dtype=dtype).masked_fill(~mask, -torch.inf)
+        options = PLAIN._replace(mask=added)
+        expected = OPERATOR(query, key, value, *options)[0]
+        with activated():
+            before = sum(torch.ops.trilby.served_calls())
+            ours = F.scaled_dot_product_attention(query, key, value, mask, scale=0.2)
+            served = sum(torch.ops.trilby.served_calls()) - before
+        assert served == 1
+        assert torch.equal(ours, expected)
+
+
+@needs_extension
+def test_a_mask_by_pytorchs_name_is_decoded() -> None:
+    query, key, value = draw((2, 4, 4, 3, 2048, 64, 64), torch.float32)
+    for function in (scaled_dot_product_attention, activated()(F.scaled_dot_product_attention)):
+        ours = function(query, key, value, causal_lower_right(3, 2048), scale=0.2)
+        truth = reference.attention(query.double(), key.double(), value.double(), *CAUSAL)[0]
+        rival = F.scaled_dot_product_attention(query, key, value, causal_lower_right(3, 2048), scale=0.2)
+        assert_as_exact_as(ours, rival, truth, "lower right")
 
 
 class TestMutants:
