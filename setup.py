@@ -32,7 +32,9 @@ ONCE = [
     "bindings_norm.cpp",
     "bindings_linear.cpp",
     "bindings_gelu.cpp",
+    "bindings_blocks.cpp",
     "bindings_provider.cpp",
+    "blocks.cpp",
     "isa.cpp",
     "scratch.cpp",
 ]

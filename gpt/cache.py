@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from trilby.kernels import DecoderWeights
 
 from .config import GPTConfig
 
@@ -54,6 +55,7 @@ class Reading(NamedTuple):
     """T tokens on their way into a cache, for the length of one forward pass."""
 
     places: Places
+    memory: Tensor  # (n_layer, 2, B, H, S, D)
     layers: tuple[LayerCache, ...]
 
 
@@ -84,14 +86,16 @@ class Cache:
             raise ValueError(f"size is {size}; it must be at least 1 and at most block_size, {config.block_size}")
         shape = (config.n_layer, 2, batch_size, config.n_head, size, config.n_embd // config.n_head)
         # Zeros, which cost nothing until the first token comes: attention that masks would let a stray NaN through.
-        self._memory = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = self._memory.unbind()
         self._all_positions = torch.arange(size, device=device)
         self.batch_size = batch_size
         self.size = size
         self.clear()
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens, and the weights that they were read with."""
+        self.weights: DecoderWeights | None = None  # None: not asked for yet
         self.length = 0  # of the longest sequence
         self.lengths: Tensor | None = None  # (B) int32, of each; None while they are all equally long
 
@@ -111,7 +115,7 @@ class Cache:
         else:
             positions = self.lengths[:, None] + self._all_positions[:T]
             places = Places(start, stop, positions, self.lengths + T)
-        return Reading(places, tuple(LayerCache(memory, places) for memory in self._memory))
+        return Reading(places, self._memory, tuple(LayerCache(memory, places) for memory in self._layers))
 
     def finish(self, reading: Reading, counts: Tensor | None = None) -> None:
         """Keep what was read: all of each row, or the first `counts`, (B), of it, the rest being padding."""

@@ -85,6 +85,8 @@ class Layers:
           1 1 1 1 0          1 1 1 0 0
           1 1 1 1 1          1 1 1 1 0
 
+    - `decode_blocks(stream, weights, memory, length, key_lengths, eps)`: `kernels.decode_blocks`; None: the layers
+      above are called one by one.
     - `packed_attention(query, key, value, starts, longest, dropout_p)`: a row of sequences, (1, H, T, D), each of which
       looks at itself as in `attention`. `starts`, (N + 1) int32, is where they begin, and T; none is longer than
       `longest`. Sequences of 2 and 3 (1 = seen)::
@@ -104,6 +106,7 @@ class Layers:
     gelu: Callable[..., Tensor] = F.gelu
     linear: Callable[..., Tensor] = _linear
     cached_attention: Callable[..., Tensor] = _cached_attention
+    decode_blocks: Callable[..., Tensor] | None = None
     packed_attention: Callable[..., Tensor] = _packed_attention
     linear_cross_entropy: Callable[..., Tensor] = _cross_entropy_of_all_logits
 
@@ -130,6 +133,7 @@ TRILBY = Layers(
     gelu=kernels.gelu,
     linear=kernels.linear,
     cached_attention=_decoding_attention,
+    decode_blocks=kernels.decode_blocks,
     packed_attention=_varlen_attention,
     linear_cross_entropy=linear_cross_entropy,
 )

@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from trilby import kernels
 
 from .cache import Cache, LayerCache, Reading
 from .config import GPTConfig
@@ -96,6 +97,11 @@ class Block(nn.Module):
         normalized, stream = self.ln_2(stream, branch)
         return stream, self.mlp(normalized)
 
+    def weights(self) -> kernels.BlockWeights:
+        """All parameters, as `Layers.decode_blocks` takes them."""
+        layers = (self.ln_1, self.attn.c_attn, self.attn.c_proj, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        return kernels.BlockWeights(*(kernels.Affine(layer.weight, layer.bias) for layer in layers))
+
 
 class AddNorm(nn.LayerNorm):
     """Add a residual branch, with dropout, to the stream, and normalize the sum."""
@@ -122,6 +128,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.layers = layers
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layers) for _ in range(config.n_layer))
         self.ln_f = AddNorm(config, layers)
@@ -131,13 +138,29 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device) if past is None else past.places.positions
         if starts is not None:
             positions = positions - starts[sequence_of(positions, starts)]
-        stream: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
+        stream = self._embedded(tokens, positions)
         branch: Tensor | None = None
         for number, block in enumerate(self.h):
             stream, branch = block(stream, branch, None if past is None else past.layers[number], starts)
         normalized, _ = self.ln_f(stream, branch)
         output: Tensor = normalized
         return output
+
+    def decode(self, token: Tensor, past: Reading, weights: kernels.DecoderWeights) -> Tensor:
+        """(B, 1) -> (B, 1, C): what `forward` computes, in evaluation mode, with one call for all blocks."""
+        assert self.layers.decode_blocks is not None
+        _, stop, positions, key_lengths = past.places
+        stream = self._embedded(token, positions)
+        return self.layers.decode_blocks(stream, weights, past.memory, stop, key_lengths, self.ln_f.eps)
+
+    def weights(self) -> kernels.DecoderWeights:
+        """All parameters but those of embeddings, as `Layers.decode_blocks` takes them."""
+        blocks = tuple(block.weights() for block in self.h if isinstance(block, Block))
+        return kernels.DecoderWeights(blocks, kernels.Affine(self.ln_f.weight, self.ln_f.bias))
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        embedded: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
+        return embedded
 
 
 class GPT(nn.Module):
@@ -219,6 +242,19 @@ class GPT(nn.Module):
         hidden: Tensor = self.transformer(tokens, starts=starts)
         return hidden
 
+    def _decoding_weights(self, tokens: Tensor, cache: Cache) -> kernels.DecoderWeights | None:
+        """Those of all blocks, if one call for them all is how `tokens` are read; else None.
+
+        They are asked for once and kept with the keys that they made: looking them up takes longer than such a call.
+        """
+        B, T = tokens.shape
+        has_dropout = self.training and self.config.dropout > 0
+        if T > 1 or has_dropout or torch.is_grad_enabled() or self.layers.decode_blocks is None:
+            return None
+        if cache.weights is None:
+            cache.weights = self.transformer.weights()
+        return None if cache.weights.reasons_for_reference(B) else cache.weights
+
     def _hidden(self, tokens: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] > self.block_size:
             raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, T) with T at most {self.block_size}")
@@ -226,7 +262,8 @@ class GPT(nn.Module):
             hidden: Tensor = self.transformer(tokens)
             return hidden
         reading = cache.begin(tokens)
-        hidden = self.transformer(tokens, reading)
+        weights = self._decoding_weights(tokens, cache)
+        hidden = self.transformer.decode(tokens, reading, weights) if weights else self.transformer(tokens, reading)
         cache.finish(reading, counts)
         return hidden
 

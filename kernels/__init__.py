@@ -2,6 +2,7 @@
 
 from .activation import gelu
 from .attention import attend, scaled_dot_product_attention
+from .blocks import Affine, BlockWeights, DecoderWeights, decode_blocks
 from .explain import explain, strict
 from .linear import QuantizedWeight, linear, quantize_rows
 from .memory import keep_memory
@@ -10,6 +11,9 @@ from .provider import activate, activated, restore
 from .varlen import varlen_attn
 
 __all__ = [
+    "Affine",
+    "BlockWeights",
+    "DecoderWeights",
     "LayerNorm",
     "QuantizedWeight",
     "RMSNorm",
@@ -18,6 +22,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attend",
+    "decode_blocks",
     "explain",
     "gelu",
     "keep_memory",

@@ -236,6 +236,10 @@ def _gelu_backward(ctx: Any, grad_output: Tensor) -> Tensor:
     return gradient
 
 
+def _fake_decode_blocks(stream: Tensor, *_: Any) -> Tensor:
+    return stream.new_empty(stream.shape)
+
+
 OPERATORS = (
     Operator(
         "attention",
@@ -301,6 +305,13 @@ OPERATORS = (
         "(Tensor grad_output, Tensor input) -> Tensor",
         reference.gelu_backward,
         _fake_gelu_backward,
+        triton=False,
+    ),
+    Operator(
+        "decode_blocks",
+        "(Tensor stream, Tensor(a!) memory, Tensor? key_lengths, int length, float eps, Tensor?[] weights) -> Tensor",
+        reference.decode_blocks,
+        _fake_decode_blocks,
         triton=False,
     ),
 )

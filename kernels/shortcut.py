@@ -73,7 +73,7 @@ def short_way(name: str, tensors: int) -> Callable[..., Any]:
     operator = next(operator for operator in OPERATORS if operator.name == name)
     in_full = getattr(torch.ops.trilby, name).default
     compute = partial(in_full.redispatch, _CPU)
-    differentiably = _function(operator, compute)
+    differentiably = in_full if operator.backward is None else _function(operator, compute)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not is_ordinary(*arguments[:tensors]):

@@ -6,6 +6,7 @@ inputs are computed with in float32 and rounded once at the end, so that in floa
 
 from ..options import AttentionOptions
 from .attention import attention, attention_backward, visible
+from .blocks import decode_blocks
 from .gelu import gelu, gelu_backward
 from .linear import linear
 from .norm import add_norm, norm, norm_backward, statistics
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_dropout_factors",
+    "decode_blocks",
     "dropout_factors",
     "gelu",
     "gelu_backward",

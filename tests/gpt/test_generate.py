@@ -55,7 +55,7 @@ def test_a_text_goes_on_alike_alone_and_among_others(config, slide, use_cache):
 def test_each_token_is_read_once(config):
     """What a cache is for: after the prompt, the model is given one token at a time."""
     model, read = GPT(config).eval(), []
-    model.transformer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    model.transformer.wte.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
     generate(model, torch.zeros(1, 4, dtype=torch.int64), 12, GREEDY)
     assert read == [4] + [1] * 11
 
