@@ -87,6 +87,7 @@ class DecoderWeights:
     blocks: tuple[BlockWeights, ...]
     last_norm: Affine
     operands: list[Tensor | None] = field(init=False, repr=False)  # as the operator takes them
+    most_rows: int = field(init=False)  # sequences above which one of the products is another kernel's to compute
     _reasons: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +97,8 @@ class DecoderWeights:
         devices = {tensor.device for tensor in self.operands if tensor is not None}
         if len(devices) != 1:
             raise ValueError(f"the weights are on {', '.join(map(str, devices))}; they must be on one device")
+        most = min((MOST_ROWS.get(affine.values.dtype, 0) for block in self.blocks for affine in block), default=0)
+        object.__setattr__(self, "most_rows", most)
         object.__setattr__(self, "_reasons", tuple(self._reasons_of_weights()))
 
     @property
@@ -107,11 +110,6 @@ class DecoderWeights:
     def dtype(self) -> torch.dtype:
         """What is computed in."""
         return self.last_norm.values.dtype
-
-    @property
-    def most_rows(self) -> int:
-        """Sequences above which a product of one of the matrices is another kernel's to compute."""
-        return min((MOST_ROWS.get(affine.values.dtype, 0) for block in self.blocks for affine in block), default=0)
 
     def reasons_for_reference(self, rows: int) -> tuple[str, ...]:
         """Every reason why no kernel computes the blocks for `rows` sequences here and now; none: one does.
