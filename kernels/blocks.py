@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .attention import LARGEST_HEAD_DIM
+from .attention_rules import LARGEST_HEAD_DIM
 from .linear import KERNEL_DTYPES, MOST_ROWS, QuantizedWeight
 from .ops import reasons_against_device
 from .shortcut import is_ordinary, reasons_of_context, short_way
