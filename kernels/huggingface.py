@@ -58,6 +58,8 @@ def attention(
     Returns:
         [B, T, H, Dv], contiguous, and None, for the weights are never held.
     """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = attention_mask[..., : key.shape[2]]  # it may have room for keys to come
     asked_for = any(options.get(name) not in (None, False) for name in _OPTIONS)
     if asked_for or reasons_for_pytorch(query, key, value, attention_mask, dropout, enable_gqa=True):
         results: tuple[Tensor, Tensor | None] = _sdpa(

@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
-from trilby.kernels import activated, explain, layer_norm, rms_norm, scaled_dot_product_attention, strict
+from trilby.kernels import (
+    activated,
+    attend,
+    explain,
+    gelu,
+    layer_norm,
+    linear,
+    quantize_rows,
+    rms_norm,
+    scaled_dot_product_attention,
+    strict,
+    varlen_attn,
+)
 from trilby.kernels.explain import NOT_ACTIVATED, Explanations
 from trilby.kernels.observer import OBSERVED, OBSERVERS
 from trilby.kernels.ops import NATIVE
@@ -22,7 +34,7 @@ def attention_inputs(T: int = 128, dtype: torch.dtype = torch.float32) -> tuple[
     return tuple(torch.randn(2, 4, T, 32, dtype=dtype) for _ in range(3))
 
 
-def attend(**options) -> Callable[[], Tensor]:
+def attention(**options) -> Callable[[], Tensor]:
     inputs = attention_inputs(options.pop("T", 128), options.pop("dtype", torch.float32))
     return lambda: F.scaled_dot_product_attention(*inputs, **options)
 
@@ -54,11 +66,11 @@ def model_step(training: bool) -> Callable[[], object]:
 
 
 FUNCTIONS = {
-    "attention": attend(is_causal=True),
-    "few queries": attend(T=8),
-    "dropout": attend(dropout_p=0.1),
-    "float64": attend(dtype=torch.float64),
-    "a mask": attend(attn_mask=torch.zeros(128, 128)),
+    "attention": attention(is_causal=True),
+    "few queries": attention(T=8),
+    "dropout": attention(dropout_p=0.1),
+    "float64": attention(dtype=torch.float64),
+    "a mask": attention(attn_mask=torch.zeros(128, 128)),
     "layer norm": normalize(4, 64),
     "float64 layer norm": normalize(4, 64, dtype=torch.float64),
     "rms norm": lambda: F.rms_norm(torch.ones(2048, 512), (512,)),
@@ -223,8 +235,8 @@ def test_strict_computes_what_trilby_computes():
 
 
 REFUSED = {
-    "float64": (attend(dtype=torch.float64), "float64"),
-    "few queries": (attend(T=16), "16 queries, fewer than 32"),
+    "float64": (attention(dtype=torch.float64), "float64"),
+    "few queries": (attention(T=16), "16 queries, fewer than 32"),
     "a small norm of float64": (normalize(4, 8, dtype=torch.float64), "float64"),
     "a small rms norm": (lambda: F.rms_norm(torch.ones(4, 64), (64,)), "256 elements"),
     "handed over by trilby's own function": (lambda: rms_norm(torch.ones(4, 64), (64,)), "256 elements"),
@@ -252,7 +264,7 @@ def test_strict_refuses_a_backward_too():
 
 def test_strict_holds_in_its_own_thread():
     def elsewhere() -> None:
-        function = attend(dtype=torch.float64)
+        function = attention(dtype=torch.float64)
         thread = threading.Thread(target=lambda: results.append(function()))
         thread.start()
         thread.join()
@@ -261,3 +273,68 @@ def test_strict_holds_in_its_own_thread():
     with strict():
         elsewhere()
     assert len(results) == 1
+
+
+# ---- trilby's own functions ------------------------------------------------------------------------------------------
+
+
+def sequences(*lengths: int) -> tuple[Tensor, int]:
+    """Where sequences of these lengths start, and the longest."""
+    return torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)
+
+
+def varlen(dtype: torch.dtype = torch.float32) -> object:
+    starts, longest = sequences(5, 40)
+    packed = torch.randn(45, 4, 32, dtype=dtype)
+    return varlen_attn(packed, packed, packed, starts, starts, longest, longest)
+
+
+def decode(S: int) -> object:
+    query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 4, S, 64)
+    return scaled_dot_product_attention(query, key, key)
+
+
+def matrix(rows: int, dtype: torch.dtype = torch.bfloat16) -> object:
+    return linear(torch.ones(rows, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+
+
+OWN = {
+    "linear": (lambda: matrix(4), lambda: matrix(512), "512 rows"),
+    "a small linear": (lambda: matrix(4), lambda: linear(torch.ones(4, 8), torch.ones(8, 8)), "64 weights"),
+    "quantized": (
+        lambda: linear(torch.ones(4, 1024), quantize_rows(torch.ones(1024, 1024))),
+        lambda: linear(torch.ones(512, 1024), quantize_rows(torch.ones(1024, 1024))),
+        "512 rows",
+    ),
+    "gelu": (lambda: gelu(torch.ones(2**15), "tanh"), lambda: gelu(torch.ones(2**15)), "approximate is 'none'"),
+    "attend": (
+        lambda: attend(*attention_inputs(8), softcap=3.0),
+        lambda: attend(*attention_inputs(8, torch.float64), softcap=3.0),
+        "float64",
+    ),
+    "varlen_attn": (varlen, lambda: varlen(torch.float64), "float64"),
+    "scaled_dot_product_attention": (lambda: decode(4096), lambda: decode(64), "the keys are 16384 numbers"),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "reason"), OWN.values(), ids=OWN)
+def test_trilbys_own_functions_are_seen(ours, theirs, reason):
+    (found,) = explain(ours)
+    assert found.is_trilbys, str(found)
+    (found,) = explain(theirs)
+    assert not found.is_trilbys
+    assert any(reason in each for each in found.reasons), str(found)
+    with strict():
+        ours()
+        with pytest.raises(RuntimeError, match=reason):
+            theirs()
+
+
+def test_explanations_bear_the_names_of_trilbys_own_functions():
+    x = torch.ones(2**15, requires_grad=True)
+    names = [e.function for e in explain(lambda: (varlen(), matrix(4), gelu(x, "tanh").sum().backward()))]
+    assert names == ["varlen_attn", "linear", "gelu", "gelu, backward"]
+
+
+def test_pytorchs_linear_and_gelu_are_nobodys_to_tell_of():
+    assert explain(lambda: F.gelu(F.linear(torch.ones(4, 8), torch.ones(8, 8)))) == ()

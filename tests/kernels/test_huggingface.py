@@ -34,6 +34,13 @@ def llama() -> transformers.PretrainedConfig:
 
 
 CONFIGS = (gpt2, llama)
+# In the oldest transformers GPT-2 adds a causal mask of its own to the scores, whatever computes attention.
+GPT2_ADDS_ITS_MASK = hasattr(transformers.models.gpt2.modeling_gpt2.GPT2Model, "_update_causal_mask")
+
+
+def left_to_trilby(config, queries: list[int]) -> list[int]:
+    """Which of these calls, without dropout, have no mask of numbers; those that do are over sooner in PyTorch."""
+    return [] if config is gpt2 and GPT2_ADDS_ITS_MASK else queries
 
 
 def model(config, implementation: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
@@ -67,7 +74,7 @@ def losses_and_gradients(config, implementation: str, dtype: torch.dtype) -> tup
 @pytest.mark.parametrize("config", CONFIGS)
 def test_training_is_as_exact_as_with_sdpa(config, computed):
     ours = losses_and_gradients(config, "trilby", torch.float32)
-    assert computed == [T, T]
+    assert computed == left_to_trilby(config, [T, T])
     rivals = losses_and_gradients(config, "sdpa", torch.float32)
     truths = losses_and_gradients(config, "sdpa", torch.float64)
     for i, (our, rival, truth) in enumerate(zip(ours, rivals, truths)):
@@ -105,7 +112,7 @@ def test_generate_gives_the_tokens_of_sdpa(config, cache, computed):
         )
 
     found = generate("trilby")
-    assert computed == ([T, T] if cache == "dynamic" else computed)
+    assert computed == (left_to_trilby(config, [T, T]) if cache == "dynamic" else computed)
     assert torch.equal(found, generate("sdpa"))
 
 
