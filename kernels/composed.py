@@ -6,19 +6,16 @@ override costs 5 µs, and what it takes the place of begins at 60.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, get_kernel
 from torch.nn import Parameter
 
 from . import attention, norm
 from .options import UNBOUNDED, AttentionOptions
+from .override import StandIn
 from .seed import draw_seed
-
-_KEYS = ("CPU", "AutogradCPU")
 
 
 def _reasons_of_tracing(*tensors: Tensor | None) -> tuple[str, ...]:
@@ -29,16 +26,6 @@ def _reasons_of_tracing(*tensors: Tensor | None) -> tuple[str, ...]:
         if tensor is not None and type(tensor) not in (Tensor, Parameter):
             return (f"a tensor is a {type(tensor).__name__}",)
     return ()
-
-
-class Composed(Protocol):
-    """A call of an operator that PyTorch composes; its fields are the operator's arguments."""
-
-    def reasons_for_pytorch(self) -> tuple[str, ...]:
-        """Every reason why it stays PyTorch's."""
-
-    def compute(self) -> Any:
-        """What the operator returns, by trilby."""
 
 
 class ComposedAttention(NamedTuple):
@@ -100,22 +87,6 @@ class ComposedRMSNorm(NamedTuple):
         return normalized
 
 
-COMPOSED: dict[str, Callable[..., Composed]] = {
-    "aten::_scaled_dot_product_attention_math": ComposedAttention,
-    "aten::rms_norm": ComposedRMSNorm,
-}
-
-
-def override(operator: str) -> Library:
-    """Put trilby in PyTorch's place for a composed operator, until the library is destroyed."""
-    library = Library("aten", "IMPL")
-    for key, below in [(key, get_kernel(operator, key)) for key in _KEYS]:
-
-        def call(keys: torch._C.DispatchKeySet, *given: Any, _below: Any = below, **named: Any) -> Any:
-            asked = COMPOSED[operator](*given, **named)
-            if asked.reasons_for_pytorch():
-                return _below.call_boxed(keys, *given, **named)
-            return asked.compute()
-
-        library.impl(operator.removeprefix("aten::"), call, key, with_keyset=True)
-    return library
+KEYS = ("CPU", "AutogradCPU")
+ATTENTION: dict[str, type[StandIn]] = {"aten::_scaled_dot_product_attention_math": ComposedAttention}
+NORM: dict[str, type[StandIn]] = {"aten::rms_norm": ComposedRMSNorm}

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_rules
+from . import attention_rules, composed, provider_on_gpu
 from .attention_rules import AttentionCall
-from .composed import COMPOSED
 from .observer import Call, watched
 from .ops import NATIVE
 from .provider import ATTENTION, NORM, activated, reasons_against_layer_norm
@@ -23,6 +22,10 @@ _KNOWN_AS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "scaled_dot_product_attention, backward",
     "aten::_scaled_dot_product_attention_math": "scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
+    "aten::_scaled_dot_product_flash_attention_backward": "scaled_dot_product_attention, backward",
+    "aten::_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
+    "aten::_scaled_dot_product_efficient_attention_backward": "scaled_dot_product_attention, backward",
     "aten::_native_multi_head_attention": "multi_head_attention_forward, fast path",
     "aten::native_layer_norm": "layer_norm",
     "aten::native_layer_norm_backward": "layer_norm, backward",
@@ -41,6 +44,8 @@ _KNOWN_AS = {
 # What `activate` leaves as it is: only trilby's own functions tell of it.
 _NEVER_OVERRIDDEN = ("aten::linear", "aten::gelu")
 _LAYER_NORM = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
+_COMPOSED = composed.ATTENTION | composed.NORM
+_ON_GPU = provider_on_gpu.ATTENTION | provider_on_gpu.NORM
 NOT_ACTIVATED = "trilby is not activated (trilby.kernels.activate())"
 
 
@@ -85,7 +90,7 @@ def explain(function: Callable[..., Any], *arguments: Any, **options: Any) -> Ex
     Any function will do: `F.scaled_dot_product_attention`, `trilby.kernels.layer_norm`, an nn.Module, a whole model and
     its backward. It is told of things as they are: PyTorch's functions are PyTorch's until `activate`. So it is of
     `trilby.kernels.linear` and `gelu`; PyTorch's, which `activate` leaves alone, are not told of. torch's random
-    generator is left as it was. Calls on CPU tensors are seen.
+    generator is left as it was. Calls on CPUs and GPUs are seen.
 
     Returns:
         An `Explanation` for each call; `print` shows a line for each.
@@ -150,7 +155,8 @@ def _explanation(call: Call, is_trilbys: bool) -> Explanation:
     if call.arguments.get("query_starts") is not None:
         function = function.replace("scaled_dot_product_attention or attend", "varlen_attn")
     if is_trilbys:
-        return Explanation(function, call.operator, inputs, f"trilby's C++ kernel ({NATIVE.level})")
+        kernel = "trilby's Triton kernel" if call.device == "cuda" else f"trilby's C++ kernel ({NATIVE.level})"
+        return Explanation(function, call.operator, inputs, kernel)
     kernel = "PyTorch's operators, one by one" if call.operator.startswith("trilby::") else f"PyTorch's {call.operator}"
     return Explanation(function, call.operator, inputs, kernel, tuple(_reasons(call)))
 
@@ -177,8 +183,10 @@ def _reasons(call: Call) -> Iterator[str]:
             "PyTorch's fast path for inference computes attention and its projections in one operator; "
             "torch.backends.mha.set_fastpath_enabled(False) leaves attention to trilby"
         )
-    elif name in COMPOSED:
-        yield from COMPOSED[name](**arguments).reasons_for_pytorch()
+    elif name in _COMPOSED:
+        yield from _COMPOSED[name](**arguments).reasons_for_pytorch()
+    elif call.device == "cuda":
+        yield from _ON_GPU[name](**arguments).reasons_for_pytorch()
     elif name in _LAYER_NORM:
         yield from reasons_against_layer_norm(*(arguments[n] for n in ("input", "normalized_shape", "weight", "bias")))
     else:

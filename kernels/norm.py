@@ -26,6 +26,9 @@ NARROWEST_ROW = 32
 # Rows that all begin on a line of the cache can be stored past it; others, in float32, gain nothing: 0.88 (1.01) at
 # (4096, 1000).
 LINE_BYTES = 64
+WIDEST_ROW_ON_GPU = 65536  # gpu/norm.py holds a row in registers
+
+Parameter = tuple[torch.Size, torch.dtype, torch.device]
 
 _norm = short_way("norm", tensors=3)
 _add_norm = short_way("add_norm", tensors=5)
@@ -45,8 +48,7 @@ def reasons_for_pytorch(
     """Every reason why a norm of `input` is PyTorch's to compute; none: trilby computes it."""
     if not isinstance(normalized_shape, Sequence):
         return (f"normalized_shape is {normalized_shape!r}, not a sequence of sizes",)
-    parameters = tuple((t.shape, t.dtype, t.device) for t in (weight, bias) if t is not None)
-    arguments = (input.shape, input.dtype, input.device, tuple(normalized_shape), parameters)
+    arguments = _described(input, normalized_shape, weight, bias)
     if torch.compiler.is_compiling():  # sizes are symbols there, and the answer a guard
         return tuple(_reasons(*arguments))
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -54,16 +56,41 @@ def reasons_for_pytorch(
     return reasons_of_context() + _remembered_reasons(*arguments)
 
 
+def reasons_against_kernel(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[str, ...]:
+    """Every reason why no kernel of trilby's can compute a norm of `input`, of whatever size."""
+    return tuple(_reasons_against_kernel(*_described(input, normalized_shape, weight, bias)))
+
+
+def _described(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[torch.Size, torch.dtype, torch.device, tuple[int, ...], tuple[Parameter, ...]]:
+    parameters = tuple((t.shape, t.dtype, t.device) for t in (weight, bias) if t is not None)
+    return input.shape, input.dtype, input.device, tuple(normalized_shape), parameters
+
+
 def _reasons(
     size: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
     normalized_shape: tuple[int, ...],
-    parameters: tuple[tuple[torch.Size, torch.dtype, torch.device], ...],
+    parameters: tuple[Parameter, ...],
+) -> Iterator[str]:
+    yield from _reasons_against_kernel(size, dtype, device, normalized_shape, parameters)
+    if device.type == "cpu" and dtype in KERNEL_DTYPES:
+        yield from _reasons_on_cpu(size.numel(), torch.Size(normalized_shape).numel(), dtype)
+
+
+def _reasons_against_kernel(
+    size: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    normalized_shape: tuple[int, ...],
+    parameters: tuple[Parameter, ...],
 ) -> Iterator[str]:
     if dtype not in KERNEL_DTYPES:
         yield f"input's dtype is {dtype}, not float32, bfloat16 or float16"
-        return
     yield from reasons_against_device(device)
     if not normalized_shape or size[-len(normalized_shape) :] != normalized_shape:
         yield f"normalized_shape is {list(normalized_shape)}, and input {list(size)}"
@@ -76,8 +103,9 @@ def _reasons(
             yield f"weight or bias is {parameter_dtype}, and input {dtype}"
         if parameter_device != device:
             yield "weight or bias is on another device than input"
-    if device.type == "cpu":
-        yield from _reasons_on_cpu(size.numel(), torch.Size(normalized_shape).numel(), dtype)
+    width = torch.Size(normalized_shape).numel()
+    if device.type == "cuda" and width > WIDEST_ROW_ON_GPU:
+        yield f"a row has {width} elements, more than {WIDEST_ROW_ON_GPU}"
 
 
 def _reasons_on_cpu(elements: int, width: int, dtype: torch.dtype) -> Iterator[str]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.library import Library, get_kernel
 
-from .override import Override
+from .override import Override, has_kernel
 
 Watcher = Callable[["Call", Callable[[], Any]], Any]
 Result = TypeVar("Result")
@@ -33,11 +34,21 @@ class Call:
     arguments: dict[str, Any]
     handed_over: tuple[str, ...] = ()
 
+    @property
+    def device(self) -> str:
+        """Where it is computed: "cpu", "cuda"."""
+        return next(value.device.type for value in self.arguments.values() if isinstance(value, Tensor))
 
-# Operators with a kernel for CPUs, and those that PyTorch composes of others: there, above autograd and below.
-_OF_CPU = (
+
+# Operators with kernels, where this torch has one for the device; and those that PyTorch composes of others: there,
+# above autograd and below.
+_COMPUTED = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_efficient_attention_backward",
     "aten::native_layer_norm",
     "aten::native_layer_norm_backward",
     "aten::_native_multi_head_attention",
@@ -51,7 +62,7 @@ _OF_CPU = (
     "trilby::gelu_backward",
 )
 _COMPOSED = ("aten::_scaled_dot_product_attention_math", "aten::rms_norm")
-OBSERVED = dict.fromkeys(_OF_CPU, ("CPU",)) | dict.fromkeys(_COMPOSED, ("CPU", "AutogradCPU"))
+OBSERVED = dict.fromkeys(_COMPUTED, ("CPU", "CUDA")) | dict.fromkeys(_COMPOSED, ("CPU", "AutogradCPU"))
 
 
 class _Watching(threading.local):
@@ -70,7 +81,7 @@ def _provide() -> None:
         namespace, name = operator.split("::")
         library = Library(namespace, "IMPL")
         LIBRARIES.append(library)
-        for key, below in [(key, get_kernel(operator, key)) for key in keys]:
+        for key, below in [(key, get_kernel(operator, key)) for key in keys if has_kernel(operator, key)]:
             library.impl(name, _kernel(operator, below), key, with_keyset=True)
 
 

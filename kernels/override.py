@@ -4,9 +4,10 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch.library import Library
+from torch.library import Library, get_kernel
 
 _LOCK = threading.RLock()
 
@@ -84,3 +85,42 @@ def _without_warning(change: Callable[[], None]) -> None:
         change()
     finally:
         torch.set_warn_always(always)
+
+
+class StandIn(Protocol):
+    """A call of an operator of PyTorch's that trilby may compute; made of the operator's arguments."""
+
+    def reasons_for_pytorch(self) -> tuple[str, ...]:
+        """Every reason why it stays PyTorch's."""
+
+    def compute(self) -> Any:
+        """What the operator returns, by trilby."""
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether this torch has a kernel for the dispatch key, if only one that composes others."""
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
+
+
+def has_kernel_of_its_own(operator: str, key: str) -> bool:
+    """Whether this torch has a kernel for this very dispatch key: one without CUDA has none for CUDA's."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def stand_in(operator: str, keys: tuple[str, ...], call: Callable[..., StandIn]) -> Library:
+    """Put trilby in PyTorch's place for `operator` until the library is destroyed.
+
+    What trilby does not compute runs the kernel that was there before.
+    """
+    namespace, name = operator.split("::")
+    library = Library(namespace, "IMPL")
+    for key, below in [(key, get_kernel(operator, key)) for key in keys]:
+
+        def kernel(keyset: torch._C.DispatchKeySet, *given: Any, _below: Any = below, **named: Any) -> Any:
+            asked = call(*given, **named)
+            if asked.reasons_for_pytorch():
+                return _below.call_boxed(keyset, *given, **named)
+            return asked.compute()
+
+        library.impl(name, kernel, key, with_keyset=True)
+    return library

@@ -1,16 +1,16 @@
 """trilby as PyTorch's own: `activate()`, and every model in the process runs trilby's kernels where they are faster.
 
 While activated, the C++ kernels of csrc/bindings_provider.cpp stand in PyTorch's dispatcher for attention and layer
-norm on CPUs, and composed.py's for what PyTorch composes of several operators. All above them stays PyTorch's: the
-choice of an attention implementation, autograd, autocast, vmap, `torch.compile`. What trilby does not cover runs the
-kernel of PyTorch that was there before, bit by bit.
+norm on CPUs, composed.py's for what PyTorch composes of several operators, and provider_on_gpu.py's on GPUs. All above
+them stays PyTorch's: the choice of an attention implementation, autograd, autocast, vmap, `torch.compile`. What trilby
+does not cover runs the kernel of PyTorch that was there before, bit by bit.
 
 Measured on one thread, in µs of processor time: a call that is handed on costs 1 more for attention (7 in all); a layer
 norm of 4 · 64 elements 2 more forward (6 in PyTorch) and 4 more forward and backward (48 in PyTorch).
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch.library import Library, get_kernel
 from torch.nn import attention as pytorch_attention
 
 from . import attention_rules as rules
-from .composed import override
+from . import composed, provider_on_gpu
 from .native import REBUILD
-from .norm import KERNEL_DTYPES
+from .norm import reasons_against_kernel
 from .ops import NATIVE
-from .override import Override, release_all
+from .override import Override, StandIn, has_kernel_of_its_own, release_all, stand_in
 
 NAME = "trilby"  # among PyTorch's implementations of flash attention
 
@@ -49,31 +49,8 @@ def reasons_against_layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[str, ...]:
     """Every reason why a layer norm is PyTorch's to compute while trilby is in its place: as in the C++ kernels."""
-    parameters = tuple((tuple(t.shape), t.dtype) for t in (weight, bias) if t is not None)
-    return tuple(_reasons_against_layer_norm(tuple(input.shape), input.dtype, tuple(normalized_shape), parameters))
-
-
-def _reasons_against_layer_norm(
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    row: tuple[int, ...],
-    parameters: tuple[tuple[tuple[int, ...], torch.dtype], ...],
-) -> Iterator[str]:
-    if not NATIVE.loaded:
-        yield NATIVE.reason
-    if dtype not in KERNEL_DTYPES:
-        yield f"input's dtype is {dtype}, not float32, bfloat16 or float16"
-    if size[len(size) - len(row) :] != row:
-        yield f"normalized_shape is {list(row)}, and input {list(size)}"
-    if all(length == 1 for length in row):
-        yield "a row has one element"
-    if 0 in size:
-        yield "input is empty"
-    for parameter_size, parameter_dtype in parameters:
-        if parameter_size != row:
-            yield f"weight or bias is {list(parameter_size)}, and normalized_shape {list(row)}"
-        if parameter_dtype not in (dtype, torch.float32) or parameter_dtype != parameters[0][1]:
-            yield f"weight or bias is {parameter_dtype}, and input {dtype}"
+    alone = ("a row has one element",) if all(length == 1 for length in normalized_shape) else ()
+    return alone + reasons_against_kernel(input, normalized_shape, weight, bias)
 
 
 _libraries: dict[str, list[Library]] = {"attention": [], "norm": []}
@@ -84,38 +61,49 @@ def _destroy(subject: str) -> None:
         _libraries[subject].pop()._destroy()
 
 
+def _stand_in(subject: str, keys: tuple[str, ...], calls: Mapping[str, type[StandIn]]) -> None:
+    _libraries[subject] += [stand_in(operator, keys, call) for operator, call in calls.items()]
+
+
+def _stand_in_on_gpu(subject: str, calls: Mapping[str, type[StandIn]]) -> None:
+    (key,) = keys = provider_on_gpu.KEYS
+    _stand_in(subject, keys, {name: call for name, call in calls.items() if has_kernel_of_its_own(name, key)})
+
+
 def _provide_attention() -> None:
-    if not NATIVE.loaded:
-        return
-    torch.ops.trilby.provide_attention(
-        rules.FEWEST_QUERIES,
-        rules.FEWEST_MULTIPLICATIONS,
-        rules.FEWEST_MASKED_MULTIPLICATIONS,
-        rules.LARGEST_HEAD_DIM,
-        rules.MOST_DECODED,
-        rules.MOST_DECODED_ROWS,
-        rules.FEW_DECODED,
-        [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
-    )
-    _libraries["attention"].append(override("aten::_scaled_dot_product_attention_math"))
+    _stand_in_on_gpu("attention", provider_on_gpu.ATTENTION)
+    if NATIVE.loaded:
+        torch.ops.trilby.provide_attention(
+            rules.FEWEST_QUERIES,
+            rules.FEWEST_MULTIPLICATIONS,
+            rules.FEWEST_MASKED_MULTIPLICATIONS,
+            rules.LARGEST_HEAD_DIM,
+            rules.MOST_DECODED,
+            rules.MOST_DECODED_ROWS,
+            rules.FEW_DECODED,
+            [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+        )
+        _stand_in("attention", composed.KEYS, composed.ATTENTION)
 
 
 def _withdraw_attention() -> None:
     if NATIVE.loaded:
         torch.ops.trilby.withdraw_attention()
-        _destroy("attention")
+    _destroy("attention")
 
 
 def _provide_norm() -> None:
+    _stand_in_on_gpu("norm", provider_on_gpu.NORM)
     if NATIVE.loaded:
-        _libraries["norm"] += [_pytorchs_norms(), override("aten::rms_norm")]
+        _libraries["norm"].append(_pytorchs_norms())
+        _stand_in("norm", composed.KEYS, composed.NORM)
         torch.ops.trilby.provide_layer_norm()
 
 
 def _withdraw_norm() -> None:
     if NATIVE.loaded:
         torch.ops.trilby.withdraw_layer_norm()
-        _destroy("norm")
+    _destroy("norm")
 
 
 ATTENTION = Override(_provide_attention, _withdraw_attention)
@@ -129,7 +117,9 @@ def _warn_once(stacklevel: int) -> None:
     """Say that there is nothing to activate, once a process."""
     if not _warned:
         _warned.append(NATIVE.reason)
-        message = f"trilby has nothing to activate: {NATIVE.reason}. PyTorch's own kernels run; to mend it: {REBUILD}"
+        message = (
+            f"trilby has nothing to activate on CPUs: {NATIVE.reason}. PyTorch's own kernels run; to mend it: {REBUILD}"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
 
@@ -141,7 +131,7 @@ def _hold(holder: object, stacklevel: int) -> None:
 
 
 def activate() -> None:
-    """Let trilby compute every attention and norm of this process on CPUs, in any model, unchanged.
+    """Let trilby compute every attention and norm of this process, in any model, unchanged.
 
     `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, `F.layer_norm`,
     `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
@@ -149,6 +139,9 @@ def activate() -> None:
     PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do norms in other dtypes than float32,
     bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is
     activating once.
+
+    On GPUs it is attention without masks and dropout, and layer norms, that Triton kernels compute; RMS norms stay
+    PyTorch's. That has been tested without a GPU, and no time of it has been measured on one.
 
     Call it while no other thread is inside a model: PyTorch's table of kernels is written to.
 
