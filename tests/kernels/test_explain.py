@@ -313,7 +313,7 @@ OWN = {
         "float64",
     ),
     "varlen_attn": (varlen, lambda: varlen(torch.float64), "float64"),
-    "scaled_dot_product_attention": (lambda: decode(4096), lambda: decode(64), "the keys are 16384 numbers"),
+    "scaled_dot_product_attention": (lambda: decode(4096), lambda: decode(64), "16384 multiplications, fewer"),
 }
 
 
