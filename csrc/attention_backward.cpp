@@ -163,8 +163,12 @@ void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, fl
 void accumulate(float* gradient, int64_t keys, const float* weights, const float* rows, int64_t width) {
   const Operand by_key = {weights, PANEL, 1};
   int64_t d = 0;
-  for (; d + 2 * LANES <= width; d += 2 * LANES) {
+  for (; d + PANEL <= width; d += PANEL) {
+    product<PANEL_VECTORS, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+  }
+  if (PANEL_VECTORS > 2 && d + 2 * LANES <= width) {
     product<2, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+    d += 2 * LANES;
   }
   if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
 }

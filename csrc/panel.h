@@ -6,14 +6,15 @@
 
 namespace trilby::TRILBY_LEVEL {
 
-// Two vectors of queries. With 8 rows of keys in the register tile, 16 chains of multiply-adds hide their latency (8
-// needed), and 10 loads feed them inside the two loads a cycle that the processor does. Measured on AVX-512, in percent
-// of the multiply-add ceiling at T = 256 and 4096: 51 and 68; with 12 rows 53 and 68; with four vectors of queries and
-// 6 rows 49 and 66. Narrow panels waste least on the diagonal.
-constexpr int PANEL_VECTORS = 2;
+// Vectors of queries: with 6 rows of keys in the register tile, 24 chains of multiply-adds hide their latency (8
+// needed), and 10 loads feed them inside the two loads a cycle that the processor does. Measured on AVX-512 against two
+// vectors and 8 rows, one thread, in turns: forward 1.04 times as fast at T = 256, 1.09 at 1024, 1.16 at 4096, 1.09
+// with D = 128, and as fast at T = 128, where half a panel more is hidden by the diagonal; three vectors and 8 rows
+// 0.86 to 1.10.
+constexpr int PANEL_VECTORS = LANES == 16 ? 4 : 2;
 constexpr int PANEL = PANEL_VECTORS * LANES;
-// Keys in a block: its scores (64 x PANEL floats, 8 KiB on AVX-512) stay in the first-level cache. 96 and 128 measured
-// the same.
+// Keys in a block: its scores (64 x PANEL floats, 16 KiB on AVX-512) stay in the first-level cache. 48 and 96 measured
+// 0.98.
 constexpr int64_t BLOCK = 64;
 // Panels that share a block of packed keys and values, so that packing costs each a fraction.
 constexpr int64_t PANELS = 4;

@@ -13,19 +13,19 @@ from tolerance import assert_as_exact_as, error
 from torch import Tensor
 from trilby.kernels import reference
 
-# Panels hold 8, 16 or 32 queries by level, blocks 64 keys, tiles 4 panels: sizes around each, and every edge.
+# Panels hold 8, 16 or 64 queries by level, blocks 64 keys, tiles 4 panels: sizes around each, and every edge.
 EDGES = {
     "one query, one key": Case(1, 1, 1, 1, 1, 8, 8),
     "one query, many keys": Case(2, 2, 2, 1, 100, 16, 16, is_causal=False),
     "many queries, one key": Case(1, 2, 2, 40, 1, 16, 16),
     "one short of a panel of 8": Case(1, 2, 2, 7, 7, 16, 16),
     "one past a panel of 8": Case(1, 2, 2, 9, 9, 16, 16),
-    "one short of a panel of 32": Case(1, 2, 2, 31, 31, 32, 32),
-    "one past a panel of 32": Case(1, 2, 2, 33, 33, 32, 32),
-    "one short of a block": Case(1, 1, 1, 63, 63, 64, 64),
-    "exactly a block": Case(1, 1, 1, 64, 64, 64, 64),
-    "one past a block": Case(1, 1, 1, 65, 65, 64, 64),
-    "one past a tile": Case(1, 1, 1, 129, 129, 64, 64),
+    "one short of half a panel of 64": Case(1, 2, 2, 31, 31, 32, 32),
+    "one past half a panel of 64": Case(1, 2, 2, 33, 33, 32, 32),
+    "one short of a block, and of a panel of 64": Case(1, 1, 1, 63, 63, 64, 64),
+    "exactly a block and a panel of 64": Case(1, 1, 1, 64, 64, 64, 64),
+    "one past a block and a panel of 64": Case(1, 1, 1, 65, 65, 64, 64),
+    "one past a tile of 32 or two panels of 64": Case(1, 1, 1, 129, 129, 64, 64),
     "one past a key tile of the backward": Case(1, 1, 1, 257, 257, 32, 32),
     "longer than everything": Case(1, 1, 1, 700, 700, 32, 32),
     "full, not causal": Case(1, 2, 2, 130, 130, 64, 64, is_causal=False),
