@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trilby.gpt import PRESETS, PYTORCH, TRILBY, CharTokenizer, Split, TrainConfig, Training, default_text, split
 from trilby.gpt.plot import Curve, draw_losses
-from trilby.gpt.train import evaluate
+from trilby.gpt.train import evaluate, evaluate_all
 from trilby.kernels import keep_memory
 
 from .measure import quantiles
@@ -35,11 +35,16 @@ def main(arguments: Sequence[str]) -> int:
     tokenizer = CharTokenizer.from_text(text.content)
     tokens = split(tokenizer.encode(text.content))
     config = TrainConfig(max_steps=options.steps)
-    curves, seconds = learn(config, tokenizer.vocab_size, tokens, lambda line: print(line, file=sys.stderr, flush=True))
+    curves, whole, seconds = learn(
+        config, tokenizer.vocab_size, tokens, lambda line: print(line, file=sys.stderr, flush=True)
+    )
     faster = quantiles([rival / ours for rival, ours in zip(seconds[RIVAL], seconds[OURS])])
     print(f"{text.source}, {options.steps} steps of {config.batch_size} x {PRESETS['character'].block_size} characters")
     for name, curve in curves.items():
-        print(f"{name:8} validation loss {curve.y[-1]:.3f} after {curve.x[-1]:.0f} seconds of training")
+        print(
+            f"{name:8} validation loss {curve.y[-1]:.3f} in {config.eval_batches} batches, {whole[name]:.3f} in the whole "
+            f"validation text, after {curve.x[-1]:.0f} seconds of training"
+        )
     total = sum(seconds[RIVAL]) / sum(seconds[OURS])
     print(f"{total:.2f} times as fast; a step's median {faster.p50:.2f}, from {faster.p20:.2f} to {faster.p80:.2f}")
     options.picture.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +55,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def learn(
     config: TrainConfig, vocab_size: int, tokens: Split, report: Callable[[str], None]
-) -> tuple[dict[str, Curve], dict[str, list[float]]]:
-    """Train with each of `LAYERS` in turns: validation losses over seconds of training, and each step's seconds."""
+) -> tuple[dict[str, Curve], dict[str, float], dict[str, list[float]]]:
+    """Train with each of `LAYERS` in turns.
+
+    Returns:
+        Validation losses over seconds of training; the loss in the whole validation text at the end; each step's seconds.
+    """
     model = replace(PRESETS["character"], vocab_size=vocab_size)
     trainings = {name: Training.start(model, config, tokens, layers) for name, layers in LAYERS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in LAYERS}
@@ -66,7 +75,8 @@ def learn(
             for name, training in trainings.items():
                 seconds[name].append(training.step().seconds)
     curves = {name: Curve(name, [x for x, _ in each], [y for _, y in each]) for name, each in points.items()}
-    return curves, seconds
+    whole = {name: evaluate_all(each.model, tokens.validation, config) for name, each in trainings.items()}
+    return curves, whole, seconds
 
 
 if __name__ == "__main__":

@@ -196,6 +196,23 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig) -> float:
     return sum(losses) / len(losses)
 
 
+@torch.no_grad()
+def evaluate_all(model: GPT, tokens: Tokens, config: TrainConfig) -> float:
+    """Mean loss over all of `tokens`, T at a time: what `evaluate` estimates.
+
+    On the last tenth of Shakespeare, the estimate of 20 batches of 12 x 64 is off by 0.017 (standard deviation).
+    """
+    T, device = model.block_size, next(model.parameters()).device
+    model.eval()
+    total, rows = 0.0, (len(tokens) - 1) // T
+    with _precision(model, config):
+        for first in range(0, rows, config.batch_size):
+            starts = torch.arange(first, min(first + config.batch_size, rows)) * T
+            chunks = tokens[starts[:, None] + torch.arange(T + 1)].to(device)
+            total += model.loss(chunks[:, :-1], chunks[:, 1:]).item() * len(chunks)
+    return total / rows
+
+
 def validation_batches(tokens: Tokens, config: TrainConfig, model: GPTConfig) -> RandomBatches:
     """The batches that `evaluate` reads: random ones, from `config.seed`."""
     generator = torch.Generator().manual_seed(config.seed)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from tolerance import assert_as_exact_as
+from torch.nn import functional as F
 from trilby.gpt import PYTORCH, TRILBY, GPTConfig, Split, TrainConfig, Training, evaluate, split, train
 from trilby.gpt.data import Documents
-from trilby.gpt.train import check_device, learning_rate, make_optimizer
+from trilby.gpt.train import check_device, evaluate_all, learning_rate, make_optimizer
 
 SHORT = TrainConfig(batch_size=4, max_steps=20, warmup_steps=5, eval_interval=10, eval_batches=2)
 
@@ -185,6 +186,17 @@ def test_evaluation_has_no_dropout_and_draws_nothing(config, tokens):
     training = Training.start(dataclasses.replace(config, dropout=0.5), SHORT, tokens)
     first, second = (evaluate(training.model, tokens.validation, SHORT) for _ in range(2))
     assert first == second
+
+
+def test_all_of_a_text_is_each_whole_chunk_once(config, tokens):
+    training, T = Training.start(config, SHORT, tokens), config.block_size
+    text = torch.as_tensor(tokens.validation[: 7 * T + 3])  # chunks in batches of 4 and 3, and a rest
+    x, y = text[: 7 * T].view(7, T), text[1 : 7 * T + 1].view(7, T)
+    mean = torch.tensor(evaluate_all(training.model, text, SHORT))
+    with torch.no_grad():
+        rival = F.cross_entropy(training.model(x).flatten(0, 1), y.flatten())
+        truth = F.cross_entropy(training.model.double()(x).flatten(0, 1), y.flatten())
+    assert_as_exact_as(mean, rival, truth, "mean loss")
 
 
 def test_evaluating_more_often_does_not_change_the_training(config, tokens):
