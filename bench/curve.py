@@ -41,10 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     faster = quantiles([rival / ours for rival, ours in zip(seconds[RIVAL], seconds[OURS])])
     print(f"{text.source}, {options.steps} steps of {config.batch_size} x {PRESETS['character'].block_size} characters")
     for name, curve in curves.items():
-        print(
-            f"{name:8} validation loss {curve.y[-1]:.3f} in {config.eval_batches} batches, {whole[name]:.3f} in the whole "
-            f"validation text, after {curve.x[-1]:.0f} seconds of training"
-        )
+        loss = f"{curve.y[-1]:.3f} in {config.eval_batches} batches, {whole[name]:.3f} in the whole validation text"
+        print(f"{name:8} validation loss {loss}, after {curve.x[-1]:.0f} seconds of training")
     total = sum(seconds[RIVAL]) / sum(seconds[OURS])
     print(f"{total:.2f} times as fast; a step's median {faster.p50:.2f}, from {faster.p20:.2f} to {faster.p80:.2f}")
     options.picture.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +57,7 @@ def learn(
     """Train with each of `LAYERS` in turns.
 
     Returns:
-        Validation losses over seconds of training; the loss in the whole validation text at the end; each step's seconds.
+        Validation losses over seconds of training; the last in the whole text; each step's seconds.
     """
     model = replace(PRESETS["character"], vocab_size=vocab_size)
     trainings = {name: Training.start(model, config, tokens, layers) for name, layers in LAYERS.items()}
