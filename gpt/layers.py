@@ -27,9 +27,8 @@ def _cached_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Te
 
 
 def _decoding_attention(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> Tensor:
-    T, S = query.shape[2], key.shape[2]
-    if key_lengths is None and T in (1, S):
-        return kernels.scaled_dot_product_attention(query, key, value, is_causal=T > 1)
+    if key_lengths is None and query.shape[2] == key.shape[2]:
+        return kernels.scaled_dot_product_attention(query, key, value, is_causal=True)
     output = kernels.attend(query, key, value, is_causal=True, lower_right=True, key_lengths=key_lengths)
     assert isinstance(output, Tensor), "the logsumexp was not asked for"
     return output
