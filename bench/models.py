@@ -158,8 +158,17 @@ MODELS = (
 HUGGING_FACE = (Model("GPT-2, Hugging Face", lambda sizes: _HuggingFace(sizes, 0.0)),)
 
 
+def has_transformers() -> bool:
+    """Whether transformers is installed."""
+    with our_folders_hidden():
+        return importlib.util.find_spec("transformers") is not None
+
+
+def hugging_face(sizes: Sizes, dropout: float) -> nn.Module:
+    """Transformers' GPT-2, of random weights: tokens [B, T] in, logits [B, T, vocab_size] out."""
+    return _HuggingFace(sizes, dropout)
+
+
 def models() -> tuple[Model, ...]:
     """Those that can be built here: Hugging Face's if transformers is installed."""
-    with our_folders_hidden():
-        has_transformers = importlib.util.find_spec("transformers") is not None
-    return MODELS + HUGGING_FACE * has_transformers
+    return MODELS + HUGGING_FACE * has_transformers()

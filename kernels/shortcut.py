@@ -64,6 +64,7 @@ def _function(operator: Operator, compute: Callable[..., Any]) -> Callable[..., 
         def backward(ctx: Any, *gradients: Any) -> Any:
             return differentiate(ctx, *gradients)
 
+    Function.__name__ = operator.name  # what a profiler calls it, and its backward
     apply: Callable[..., Any] = Function.apply
     return apply
 
