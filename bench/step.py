@@ -81,12 +81,14 @@ def main(arguments: Sequence[str]) -> int:
     keep_memory()
     calls = contestants(options)
     peaks = {name: peak_bytes(call)[1] for name, call in calls.items()}  # the first also allocates what stays
+    # On one thread the processor's time, so that a busy machine matters little.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(options.steps):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     tokens = options.batch_size * options.length
     for name, each in seconds.items():
         peak = peaks[name]
