@@ -39,6 +39,8 @@ struct Limits {
   int64_t fewest_queries, fewest_multiplications, fewest_masked_multiplications, largest_head_dim, most_decoded,
       most_decoded_rows, few_decoded;
   std::vector<int64_t> fewest_decoded;  // in float32, bfloat16 and float16
+  int64_t few_keys;
+  std::vector<int64_t> fewest_in_place;  // to few keys and to more; forward, backward, backward in half precision
 } limits;
 
 // What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
@@ -119,18 +121,27 @@ bool is_trilbys_mask(const Tensor& mask, const Tensor& query, const Tensor& key)
 
 enum Direction { FORWARD, BACKWARD };
 
+// Whether a call is one for the kernel of few queries; few keys without a mask leave it nothing to gain.
+bool decodes(int64_t T, int64_t S, const Optional& mask, Direction direction) {
+  return direction == FORWARD && T <= limits.most_decoded && (mask || S > limits.few_keys);
+}
+
 // Whether trilby is the faster, of a call that its kernels can compute.
 bool is_worth_taking(const Tensor& query, const Tensor& key, const Optional& mask, Direction direction) {
   const auto q = query.sizes(), k = key.sizes();
-  const int64_t H = q[1], T = q[2], multiplications = query.numel() * k[2];
-  if (direction == FORWARD && T <= limits.most_decoded) {
+  const int64_t H = q[1], T = q[2], S = k[2], multiplications = query.numel() * S;
+  if (decodes(T, S, mask, direction)) {
     const auto dtype = static_cast<size_t>(trilby::dtype_of(query, "query"));
     const int64_t fewest = limits.fewest_decoded[dtype] * (T <= limits.few_decoded ? 1 : 4);
     return H * T / k[1] <= limits.most_decoded_rows && multiplications >= fewest;
   }
-  if (T < limits.fewest_queries || multiplications < limits.fewest_multiplications) return false;
-  return !mask || query.scalar_type() != ScalarType::Float ||
-         (multiplications >= limits.fewest_masked_multiplications && hides_corner(*mask));
+  const bool is_float32 = query.scalar_type() == ScalarType::Float;
+  if (!mask) {
+    const size_t row = direction == FORWARD ? 0 : is_float32 ? 1 : 2;
+    return T >= limits.fewest_in_place[2 * row + (S > limits.few_keys)];
+  }
+  return T >= limits.fewest_queries && multiplications >= limits.fewest_multiplications &&
+         (!is_float32 || (multiplications >= limits.fewest_masked_multiplications && hides_corner(*mask)));
 }
 
 bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask,
@@ -215,8 +226,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                             view_of(value),
                                             view_of(output),
                                             by_head.mutable_data_ptr<float>()};
-  const auto kernel = T <= limits.most_decoded ? trilby::forward_kernel(trilby::kernels(), problem)
-                                               : trilby::kernels().attention_forward;
+  const auto kernel = decodes(T, shape.key_length, mask, FORWARD) ? trilby::forward_kernel(trilby::kernels(), problem)
+                                                                  : trilby::kernels().attention_forward;
   kernel(problem, trilby::torch_threads());
   to_pytorchs(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
@@ -301,28 +312,69 @@ trilby::Rows rows_of(const Tensor& contiguous, const trilby::NormShape& shape) {
   return {const_cast<void*>(contiguous.const_data_ptr()), 1, {shape.rows}, {shape.width}};
 }
 
+// Floats for the length of a call. A few lie on the stack: to have torch allocate them takes half a microsecond.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    if (count > FEW) many_ = empty({count}, {1}, ScalarType::Float);
+  }
+  float* data() { return many_ ? many_->mutable_data_ptr<float>() : few_; }
+
+ private:
+  static constexpr int64_t FEW = 2048;
+  alignas(64) float few_[FEW];
+  Optional many_;
+};
+
 template <typename From, typename To>
-Tensor converted(const Tensor& from, ScalarType dtype) {
-  const Tensor to = empty_contiguous(sizes_of(from), dtype);
-  const From* source = from.const_data_ptr<From>();
-  std::transform(source, source + from.numel(), to.mutable_data_ptr<To>(),
+void convert(const void* from, int64_t count, void* to) {
+  const From* source = static_cast<const From*>(from);
+  std::transform(source, source + count, static_cast<To*>(to),
                  [](From element) { return static_cast<To>(static_cast<float>(element)); });
-  return to;
 }
 
-// mean or rstd as PyTorch returns it: in the parameters' dtype, and without parameters in the input's.
-Tensor in_dtype(ScalarType dtype, const Tensor& statistics) {
-  if (dtype == ScalarType::BFloat16) return converted<float, BFloat16>(statistics, dtype);
-  if (dtype == ScalarType::Half) return converted<float, Half>(statistics, dtype);
-  return statistics;
-}
+// mean or rstd of each row as PyTorch keeps it: in the parameters' dtype, and without parameters in the input's.
+class Kept {
+ public:
+  Kept(const Sizes& sizes, int64_t rows, ScalarType dtype)
+      : tensor_(empty_contiguous(sizes, dtype)), rows_(rows), floats_(dtype == ScalarType::Float ? 0 : rows) {}
 
-Tensor in_float32(const Tensor& statistics) {
-  const Tensor from = adjacent(statistics);
-  if (from.scalar_type() == ScalarType::BFloat16) return converted<BFloat16, float>(from, ScalarType::Float);
-  if (from.scalar_type() == ScalarType::Half) return converted<Half, float>(from, ScalarType::Float);
-  return from;
-}
+  // What a kernel writes to.
+  float* data() {
+    return tensor_.scalar_type() == ScalarType::Float ? tensor_.mutable_data_ptr<float>() : floats_.data();
+  }
+
+  Tensor tensor() {
+    const ScalarType dtype = tensor_.scalar_type();
+    if (dtype == ScalarType::BFloat16) convert<float, BFloat16>(floats_.data(), rows_, tensor_.mutable_data_ptr());
+    if (dtype == ScalarType::Half) convert<float, Half>(floats_.data(), rows_, tensor_.mutable_data_ptr());
+    return tensor_;
+  }
+
+ private:
+  Tensor tensor_;
+  int64_t rows_;
+  Floats floats_;
+};
+
+// mean or rstd of each row, as a kernel reads it.
+class Statistics {
+ public:
+  explicit Statistics(const Tensor& kept)
+      : from_(adjacent(kept)), floats_(kept.scalar_type() == ScalarType::Float ? 0 : kept.numel()) {}
+
+  const float* data() {
+    const ScalarType dtype = from_.scalar_type();
+    if (dtype == ScalarType::Float) return from_.const_data_ptr<float>();
+    if (dtype == ScalarType::BFloat16) convert<BFloat16, float>(from_.const_data_ptr(), from_.numel(), floats_.data());
+    if (dtype == ScalarType::Half) convert<Half, float>(from_.const_data_ptr(), from_.numel(), floats_.data());
+    return floats_.data();
+  }
+
+ private:
+  Tensor from_;
+  Floats floats_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, const Optional& given_weight,
                                               const Optional& given_bias, double eps) {
@@ -337,14 +389,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
   Sizes sizes = sizes_of(input);
   const Tensor normalized = empty_contiguous(sizes, input.scalar_type());
   std::fill(sizes.end() - static_cast<int64_t>(row.size()), sizes.end(), 1);
-  const Tensor mean = empty_contiguous(sizes, ScalarType::Float), rstd = empty_contiguous(sizes, ScalarType::Float);
-  const Tensor workspace = empty({norm_forward_workspace(shape)}, {1}, ScalarType::Float);
-  trilby::kernels().norm_forward({shape, NO_DROPOUT, rows_of(stream, shape), NO_ROWS, data_of(scale), data_of(offset),
-                                  normalized.mutable_data_ptr(), nullptr, mean.mutable_data_ptr<float>(),
-                                  rstd.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>()},
-                                 trilby::torch_threads());
   const ScalarType kept = (weight ? *weight : input).scalar_type();
-  return {normalized, in_dtype(kept, mean), in_dtype(kept, rstd)};
+  Kept mean(sizes, shape.rows, kept), rstd(sizes, shape.rows, kept);
+  Floats workspace(norm_forward_workspace(shape));
+  trilby::kernels().norm_forward({shape, NO_DROPOUT, rows_of(stream, shape), NO_ROWS, data_of(scale), data_of(offset),
+                                  normalized.mutable_data_ptr(), nullptr, mean.data(), rstd.data(), workspace.data()},
+                                 trilby::torch_threads());
+  return {normalized, mean.tensor(), rstd.tensor()};
 }
 
 bool is_trilbys_backward(const Tensor& grad_output, const Tensor& input, const Sizes& row, const Tensor& mean,
@@ -372,17 +423,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   served[LAYER_NORM_BACKWARD]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, 0.0);
   const Tensor grad = adjacent(grad_output), stream = adjacent(input);
-  const Tensor means = in_float32(mean), inverses = in_float32(rstd);
+  Statistics means(mean), inverses(rstd);
   const Optional scale = adjacent(weight);
   const Tensor grad_input = empty_contiguous(sizes_of(input), input.scalar_type());
   const Tensor grad_weight = wanted[1] ? empty_contiguous(row, weight->scalar_type()) : Tensor();
   const Tensor grad_bias = wanted[2] ? empty_contiguous(row, bias->scalar_type()) : Tensor();
-  const Tensor workspace = empty({norm_backward_workspace(shape)}, {1}, ScalarType::Float);
+  Floats workspace(norm_backward_workspace(shape));
   trilby::kernels().norm_backward(
-      {shape, NO_DROPOUT, rows_of(grad, shape), NO_ROWS, rows_of(stream, shape), data_of(scale),
-       means.const_data_ptr<float>(), inverses.const_data_ptr<float>(), grad_input.mutable_data_ptr(), nullptr,
-       wanted[1] ? grad_weight.mutable_data_ptr() : nullptr, wanted[2] ? grad_bias.mutable_data_ptr() : nullptr,
-       workspace.mutable_data_ptr<float>()},
+      {shape, NO_DROPOUT, rows_of(grad, shape), NO_ROWS, rows_of(stream, shape), data_of(scale), means.data(),
+       inverses.data(), grad_input.mutable_data_ptr(), nullptr, wanted[1] ? grad_weight.mutable_data_ptr() : nullptr,
+       wanted[2] ? grad_bias.mutable_data_ptr() : nullptr, workspace.data()},
       trilby::torch_threads());
   return {wanted[0] ? grad_input : Tensor(), grad_weight, grad_bias};
 }
@@ -397,7 +447,7 @@ std::unique_ptr<StableLibrary> aten() {
 
 void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t fewest_masked_multiplications,
                        int64_t largest_head_dim, int64_t most_decoded, int64_t most_decoded_rows, int64_t few_decoded,
-                       std::vector<int64_t> fewest_decoded) {
+                       std::vector<int64_t> fewest_decoded, int64_t few_keys, std::vector<int64_t> fewest_in_place) {
   limits = {fewest_queries,
             fewest_multiplications,
             fewest_masked_multiplications,
@@ -405,7 +455,9 @@ void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, i
             most_decoded,
             most_decoded_rows,
             few_decoded,
-            std::move(fewest_decoded)};
+            std::move(fewest_decoded),
+            few_keys,
+            std::move(fewest_in_place)};
   attention_library = aten();
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
@@ -429,7 +481,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def(
       "provide_attention(int fewest_queries, int fewest_multiplications, int fewest_masked_multiplications, "
       "int largest_head_dim, int most_decoded, int most_decoded_rows, int few_decoded, "
-      "int[] fewest_decoded) -> ()");
+      "int[] fewest_decoded, int few_keys, int[] fewest_in_place) -> ()");
   library.def("withdraw_attention() -> ()");
   library.def("provide_layer_norm() -> ()");
   library.def("withdraw_layer_norm() -> ()");

@@ -201,4 +201,4 @@ def _reasons_against_flash_attention(name: str, arguments: dict[str, Any]) -> It
     if arguments["dropout_p"] != 0.0:
         yield f"dropout_p is {arguments['dropout_p']}, and PyTorch's operator drops nothing"
     call = AttentionCall.of(arguments["query"], arguments["key"], arguments["value"], mask, enable_gqa=True)
-    yield from attention_rules.reasons_for_pytorch(call._replace(trains="backward" in name))
+    yield from attention_rules.reasons_for_pytorch(call._replace(trains="backward" in name, in_place=True))

@@ -82,6 +82,8 @@ def _provide_attention() -> None:
             rules.MOST_DECODED_ROWS,
             rules.FEW_DECODED,
             [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+            rules.FEW_KEYS,
+            [queries for limits in rules.FEWEST_IN_PLACE.values() for queries in limits],
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
 

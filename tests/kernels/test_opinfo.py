@@ -42,6 +42,7 @@ def any_size(monkeypatch) -> Iterator[None]:
     for limit in ("FEWEST_QUERIES", "FEWEST_MULTIPLICATIONS", "FEWEST_MASKED_MULTIPLICATIONS"):
         monkeypatch.setattr(attention_rules, limit, 1)
     monkeypatch.setattr(attention_rules, "MOST_DECODED", 0)
+    monkeypatch.setattr(attention_rules, "FEWEST_IN_PLACE", dict.fromkeys(attention_rules.FEWEST_IN_PLACE, (1, 1)))
     monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
     monkeypatch.setattr(norm, "NARROWEST_ROW", 2)  # of one, PyTorch rounds the gradient its own way
     monkeypatch.setattr(norm, "LINE_BYTES", 1)

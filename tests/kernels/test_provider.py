@@ -21,9 +21,8 @@ from trilby.kernels import (
     explain,
     reference,
     restore,
-    scaled_dot_product_attention,
 )
-from trilby.kernels.attention_rules import FEWEST_MULTIPLICATIONS, FEWEST_QUERIES, LARGEST_HEAD_DIM
+from trilby.kernels.attention_rules import FEW_KEYS, FEWEST_IN_PLACE, LARGEST_HEAD_DIM, AttentionCall
 from trilby.kernels.ops import NATIVE
 
 pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
@@ -181,23 +180,35 @@ def test_a_forward_of_pytorchs_may_have_a_backward_of_trilbys_and_the_other_way_
 
 
 COVERED = (2, 4, 128, 32)
-CASES = {
-    "covered": (COVERED, {}),
-    "one query too few": ((8, 8, FEWEST_QUERIES - 1, 64), {}),
-    "queries enough": ((8, 8, FEWEST_QUERIES, 64), {}),
-    "too little to compute": ((1, 1, 64, FEWEST_MULTIPLICATIONS // 64**2 - 1), {}),
-    "just enough to compute": ((2, 1, 128, -(-FEWEST_MULTIPLICATIONS // (2 * 128**2))), {}),
-    "the largest head": ((1, 2, 64, LARGEST_HEAD_DIM), {}),
-    "a larger head": ((1, 2, 64, LARGEST_HEAD_DIM + 1), {}),
-}
+FORWARD, BACKWARD, HALF_BACKWARD = FEWEST_IN_PLACE.values()
+# Queries and keys around each limit, and a large head.
+SIZES = [(limit - less, S) for S, limit in ((FEW_KEYS, FORWARD[0]), (2048, FORWARD[1])) for less in (0, 1)]
+SIZES += [(limit - less, S) for S, limit in ((FEW_KEYS, BACKWARD[0]), (2048, BACKWARD[1])) for less in (0, 1)]
+SIZES += [(limit - less, S) for S, limit in ((FEW_KEYS, HALF_BACKWARD[0]), (90, HALF_BACKWARD[1])) for less in (0, 1)]
+SIZES += [(1, 8), (1, 4096), (8, FEW_KEYS + 1)]
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
-def test_attention_is_trilbys_and_pytorchs_by_the_limits_of_the_explicit_function(shape, options):
-    query, key, value = (torch.randn(shape) for _ in range(3))
-    expected = scaled_dot_product_attention(query, key, value, **options)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("D", [32, LARGEST_HEAD_DIM, LARGEST_HEAD_DIM + 1])
+def test_attention_is_trilbys_by_the_limits_that_are_named(dtype, size, D):
+    T, S = size
+    query, key = torch.zeros(1, 2, T, D, dtype=dtype), torch.zeros(1, 2, S, D, dtype=dtype)
+    call = AttentionCall.of(query, key, key)._replace(in_place=True)
+    wanted = [not attention_rules.reasons_for_pytorch(call._replace(trains=trains)) for trains in (False, True)]
     with activated():
-        assert torch.equal(F.scaled_dot_product_attention(query, key, value, **options), expected)
+        before = torch.ops.trilby.served_calls()[:2]
+        F.scaled_dot_product_attention(query.requires_grad_(), key, key).sum().backward()
+        after = torch.ops.trilby.served_calls()[:2]
+    assert [b > a for a, b in zip(before, after)] == wanted
+
+
+def test_tiny_calls_are_as_exact_as_pytorchs():
+    for dtype in DTYPES:
+        inputs = tuple(heads_inside(2, 3, 8, 16, dtype) for _ in range(3))
+        with activated():
+            assert explain(F.scaled_dot_product_attention, *inputs)[0].is_trilbys
+        assert_exact(F.scaled_dot_product_attention, F.scaled_dot_product_attention, inputs)
 
 
 def test_the_limits_are_seen_in_the_bits():
@@ -264,7 +275,7 @@ def test_the_limit_of_masked_attention_is_the_one_that_is_named():
 
 ODD_INPUTS = {
     "float64": tuple(torch.randn(COVERED, dtype=torch.float64) for _ in range(3)),
-    "few queries": tuple(torch.randn(2, 4, 5, 16) for _ in range(3)),
+    "few queries": (torch.randn(2, 4, 9, 16), *(torch.randn(2, 4, 40, 16) for _ in range(2))),
     "no query": (torch.randn(2, 4, 0, 16), torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 16)),
     "three dimensions": tuple(torch.randn(4, 128, 32) for _ in range(3)),
     "broadcast batch": (torch.randn(COVERED), torch.randn(1, 4, 128, 32), torch.randn(1, 4, 128, 32)),
