@@ -14,6 +14,10 @@ namespace trilby::TRILBY_LEVEL {
 // Chains of additions that run at once, each of a pair, to hide the latency of an addition.
 constexpr int CHAINS = 2;
 
+// A pass over a row is a function that is called: inlined wherever a row is passed over, it was compiled up to eight
+// times, and the norms took as long to compile as everything else. A call takes a nanosecond.
+#define CALLED __attribute__((noinline))
+
 // Calls step(column, Whole or Rest, chain) along a row. Inlined always, and steps capture what they read by value: a
 // pointer that is captured by reference is loaded again after every store, which took a third of all instructions.
 template <int CHAINS = 1, class Step>
@@ -39,15 +43,18 @@ static inline float total(const Pair sum) {
   return folded<LANES / 2>(sum.first + sum.second, std::make_integer_sequence<int, LANES>{})[0];
 }
 
-// Where row `row` begins, in elements.
-static inline int64_t row_offset(const Rows& rows, int64_t row) {
-  if (rows.dimensions == 1) return row * rows.strides[0];
+static CALLED int64_t offset_in_dimensions(const Rows& rows, int64_t row) {
   int64_t offset = 0;
   for (int64_t d = rows.dimensions - 1; d >= 0; d--) {
     offset += row % rows.sizes[d] * rows.strides[d];
     row /= rows.sizes[d];
   }
   return offset;
+}
+
+// Where row `row` begins, in elements.
+static inline int64_t row_offset(const Rows& rows, int64_t row) {
+  return rows.dimensions == 1 ? row * rows.strides[0] : offset_in_dimensions(rows, row);
 }
 
 template <class Format>
@@ -72,7 +79,7 @@ static inline bool streams(const NormShape& shape, const void* first, const void
 }
 
 template <class Format, class WeightFormat>
-static inline void widen(const void* weight, int64_t width, float* to) {
+static CALLED void widen(const void* weight, int64_t width, float* to) {
   const auto* from = static_cast<const typename WeightFormat::Element*>(weight);
   walk(width, [=](int64_t column, auto step, int) {
     const Pair pair = quieted(load_in_order<WeightFormat>(from + column, step));
@@ -82,7 +89,7 @@ static inline void widen(const void* weight, int64_t width, float* to) {
 
 // A weight as floats in the pair order of `Format`, in `memory` unless it lies so already; `missing` if there is none.
 template <class Format>
-static inline const float* widened(const void* weight, Dtype dtype, int64_t width, float missing, float* memory) {
+static CALLED const float* widened(const void* weight, Dtype dtype, int64_t width, float missing, float* memory) {
   if (!weight) {
     for (int64_t i = 0; i < width; i++) memory[i] = missing;
     return memory;
@@ -99,7 +106,7 @@ static inline const float* widened(const void* weight, Dtype dtype, int64_t widt
 }
 
 // What dropout multiplies each element of a row by, 0 or 1 / (1 - p), in memory order and in whole groups of columns.
-static inline void dropout_factors(const Dropout& dropout, int64_t row, int64_t width, float* factors) {
+static CALLED void dropout_factors(const Dropout& dropout, int64_t row, int64_t width, float* factors) {
   for (int64_t column = 0; column < width; column += RANDOM_GROUP) {
     uint32_t words[RANDOM_GROUP];
     random_words({dropout.seed, 0}, static_cast<uint64_t>(row), static_cast<uint32_t>(column / RANDOM_GROUP), words);
@@ -118,7 +125,7 @@ constexpr int ROWS_AT_ONCE = 2;
 
 // A thread's own memory: rows of floats, no two of which begin on the same set of a cache.
 struct RowScratch {
-  float* rows[2 * ROWS_AT_ONCE];
+  float* rows[1 + 2 * ROWS_AT_ONCE];
 
   RowScratch(int64_t width, int count) {
     const int64_t floats = ceiling(width, RANDOM_GROUP) * RANDOM_GROUP + 16;

@@ -42,97 +42,108 @@ struct WeightGradients {
   float *weight, *bias;
 };
 
-template <class Format, bool CENTERED, bool MORE, bool DROPPED, Stores STORES>
-class Backward {
-  using Element = typename Format::Element;
-
-  const NormBackward& call;
-  const float* const weight;
-  const WeightGradients sums;
-  const RowScratch scratch;
-  const int64_t begin, end, width;
-
-  // Adds rows r, r + 1, … to the sums, side by side: these are then loaded and stored once for all of the rows.
-  template <int ROWS>
-  void add_weight_gradients(int64_t r, Means (&means)[ROWS]) const {
-    Row<Format> rows[ROWS];
-    Pair sums_g[ROWS], sums_gd[ROWS];
+// Adds rows r, r + 1, … to the sums, side by side: these are then loaded and stored once for all of the rows.
+template <class Format, bool CENTERED, int ROWS>
+CALLED void add_weight_gradients(const NormBackward& call, const float* weight, const WeightGradients& sums, int64_t r,
+                                 Means* means) {
+  Row<Format> rows[ROWS];
+  Pair sums_g[ROWS], sums_gd[ROWS];
+  for (int i = 0; i < ROWS; i++) {
+    rows[i] = Row<Format>(call, r + i);
+    sums_g[i] = sums_gd[i] = {Vector{}, Vector{}};  // not {} for the arrays: that is rep stos, see norm_forward.cpp
+  }
+  const int64_t width = call.shape.width;
+  walk(width, [=, &sums_g, &sums_gd](int64_t column, auto step, int) __attribute__((always_inline)) {
+    const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
+    Pair grad_weight = load_pair<Float32>(sums.weight + column, step);
+    Pair grad_bias = load_pair<Float32>(sums.bias + column, step);
     for (int i = 0; i < ROWS; i++) {
-      rows[i] = Row<Format>(call, r + i);
-      sums_g[i] = sums_gd[i] = {Vector{}, Vector{}};  // not {} for the arrays: that is rep stos, see norm_forward.cpp
+      const Pair grad = load_pair<Format>(rows[i].grad_normalized + column, step);
+      const Pair moment = grad * (load_pair<Format>(rows[i].summed + column, step) - rows[i].mean);
+      if constexpr (CENTERED) sums_g[i] = sums_g[i] + grad * scale;
+      sums_gd[i] = sums_gd[i] + moment * scale;
+      grad_weight = grad_weight + moment * rows[i].rstd;
+      grad_bias = grad_bias + grad;
     }
-    walk(width, [=, &sums_g, &sums_gd, weight = weight, sums = sums](int64_t column, auto step, int)
-                    __attribute__((always_inline)) {
-                      const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
-                      Pair grad_weight = load_pair<Float32>(sums.weight + column, step);
-                      Pair grad_bias = load_pair<Float32>(sums.bias + column, step);
-                      for (int i = 0; i < ROWS; i++) {
-                        const Pair grad = load_pair<Format>(rows[i].grad_normalized + column, step);
-                        const Pair moment = grad * (load_pair<Format>(rows[i].summed + column, step) - rows[i].mean);
-                        if constexpr (CENTERED) sums_g[i] = sums_g[i] + grad * scale;
-                        sums_gd[i] = sums_gd[i] + moment * scale;
-                        grad_weight = grad_weight + moment * rows[i].rstd;
-                        grad_bias = grad_bias + grad;
-                      }
-                      store_pair<Float32>(sums.weight + column, grad_weight, step);
-                      store_pair<Float32>(sums.bias + column, grad_bias, step);
-                    });
-    const float count = static_cast<float>(width);
-    for (int i = 0; i < ROWS; i++) means[i] = {CENTERED ? total(sums_g[i]) / count : 0.0f, total(sums_gd[i]) / count};
-  }
+    store_pair<Float32>(sums.weight + column, grad_weight, step);
+    store_pair<Float32>(sums.bias + column, grad_bias, step);
+  });
+  const float count = static_cast<float>(width);
+  for (int i = 0; i < ROWS; i++) means[i] = {CENTERED ? total(sums_g[i]) / count : 0.0f, total(sums_gd[i]) / count};
+}
 
-  // Of row r; starts to fetch the row as many rows below it as are added up at once.
-  void input_gradients(int64_t r, float mean_g, float mean_gd) const {
-    const Row<Format> row(call, r), ahead(call, smaller(r + ROWS_AT_ONCE, end - 1));
-    Element* const to_stream = static_cast<Element*>(call.grad_stream) + r * width;
-    Element* const to_branch = DROPPED ? static_cast<Element*>(call.grad_branch) + r * width : nullptr;
-    if constexpr (DROPPED) dropout_factors(call.dropout, r, width, scratch.rows[0]);
-    const float slope = mean_gd * row.rstd * row.rstd * row.rstd;
-    walk(width, [=, weight = weight, factors = scratch.rows[0]](int64_t column, auto step,
-                                                                int) __attribute__((always_inline)) {
-      fetch<NEAR>(ahead.grad_normalized + column);
-      fetch<NEAR>(ahead.summed + column);
-      const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
-      const Pair deviation = load_pair<Format>(row.summed + column, step) - row.mean;
-      Pair gradient = (g - mean_g) * row.rstd - deviation * slope;
-      if constexpr (MORE) {
-        fetch<NEAR>(ahead.grad_summed + column);
-        gradient = gradient + load_pair<Format>(row.grad_summed + column, step);
-      }
-      store_pair<Format, STORES>(to_stream + column, gradient, step);
-      if constexpr (DROPPED) {
-        const Pair kept = load_in_order<Float32>(factors + column, step);
-        store_pair<Format, STORES>(to_branch + column, gradient * to_pair_order<Format, decltype(step)>(kept, step),
-                                   step);
-      }
-    });
-  }
+// Of row r; starts to fetch row `next`.
+template <class Format, bool MORE, bool DROPPED, Stores STORES>
+CALLED void input_gradients(const NormBackward& call, const float* weight, int64_t r, int64_t next, Means means,
+                            float* factors) {
+  using Element = typename Format::Element;
+  const int64_t width = call.shape.width;
+  const Row<Format> row(call, r), ahead(call, next);
+  Element* const to_stream = static_cast<Element*>(call.grad_stream) + r * width;
+  Element* const to_branch = DROPPED ? static_cast<Element*>(call.grad_branch) + r * width : nullptr;
+  if constexpr (DROPPED) dropout_factors(call.dropout, r, width, factors);
+  const float slope = means.gd * row.rstd * row.rstd * row.rstd;
+  walk(width, [=](int64_t column, auto step, int) __attribute__((always_inline)) {
+    fetch<NEAR>(ahead.grad_normalized + column);
+    fetch<NEAR>(ahead.summed + column);
+    const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
+    const Pair deviation = load_pair<Format>(row.summed + column, step) - row.mean;
+    Pair gradient = (g - means.g) * row.rstd - deviation * slope;
+    if constexpr (MORE) {
+      fetch<NEAR>(ahead.grad_summed + column);
+      gradient = gradient + load_pair<Format>(row.grad_summed + column, step);
+    }
+    store_pair<Format, STORES>(to_stream + column, gradient, step);
+    if constexpr (DROPPED) {
+      const Pair kept = load_in_order<Float32>(factors + column, step);
+      store_pair<Format, STORES>(to_branch + column, gradient * to_pair_order<Format, decltype(step)>(kept, step),
+                                 step);
+    }
+  });
+}
 
-  template <int ROWS>
-  void compute(int64_t r) const {
-    Means means[ROWS];
-    add_weight_gradients<ROWS>(r, means);
-    for (int i = 0; i < ROWS; i++) input_gradients(r + i, means[i].g, means[i].gd);
-  }
-
- public:
-  Backward(const NormBackward& call, const float* weight, const WeightGradients& sums, int64_t begin, int64_t end)
-      : call(call),
-        weight(weight),
-        sums(sums),
-        scratch(call.shape.width, 1),
-        begin(begin),
-        end(end),
-        width(call.shape.width) {}
-
-  void run() const {
-    for (int64_t i = 0; i < width; i++) sums.weight[i] = sums.bias[i] = 0.0f;
-    int64_t r = begin;
-    for (; r + ROWS_AT_ONCE <= end; r += ROWS_AT_ONCE) compute<ROWS_AT_ONCE>(r);
-    for (; r < end; r++) compute<1>(r);
-    if constexpr (STORES == Stores::streamed) finish_streaming();
-  }
+// The passes that a call is made of, chosen once.
+struct Passes {
+  using AddWeightGradients = void(const NormBackward&, const float*, const WeightGradients&, int64_t, Means*);
+  using InputGradients = void(const NormBackward&, const float*, int64_t, int64_t, Means, float*);
+  AddWeightGradients *of_one, *of_several;
+  InputGradients* input_gradients;
 };
+
+template <class Format, bool MORE, bool DROPPED>
+Passes::InputGradients* input_gradients_of(bool streamed) {
+  return streamed ? input_gradients<Format, MORE, DROPPED, Stores::streamed>
+                  : input_gradients<Format, MORE, DROPPED, Stores::cached>;
+}
+
+template <class Format>
+Passes passes_of(const NormBackward& call) {
+  const bool streamed = streams<Format>(call.shape, call.grad_stream, call.grad_branch);
+  const bool more = call.grad_summed.data, dropped = call.grad_branch;
+  auto* input = more      ? dropped ? input_gradients_of<Format, true, true>(streamed)
+                                    : input_gradients_of<Format, true, false>(streamed)
+                : dropped ? input_gradients_of<Format, false, true>(streamed)
+                          : input_gradients_of<Format, false, false>(streamed);
+  if (call.shape.centered)
+    return {add_weight_gradients<Format, true, 1>, add_weight_gradients<Format, true, ROWS_AT_ONCE>, input};
+  return {add_weight_gradients<Format, false, 1>, add_weight_gradients<Format, false, ROWS_AT_ONCE>, input};
+}
+
+// Rows begin … end - 1: the gradients of their elements, and their share of the weights'.
+void backward_of_chunk(const NormBackward& call, const Passes& passes, const float* weight, const WeightGradients& sums,
+                       int64_t begin, int64_t end) {
+  const RowScratch scratch(call.shape.width, 1);
+  for (int64_t i = 0; i < call.shape.width; i++) sums.weight[i] = sums.bias[i] = 0.0f;
+  for (int64_t r = begin; r < end;) {
+    const bool several = r + ROWS_AT_ONCE <= end;
+    Means means[ROWS_AT_ONCE];
+    (several ? passes.of_several : passes.of_one)(call, weight, sums, r, means);
+    for (int i = 0; i < (several ? ROWS_AT_ONCE : 1); i++, r++) {
+      passes.input_gradients(call, weight, r, smaller(r + ROWS_AT_ONCE, end - 1), means[i], scratch.rows[0]);
+    }
+  }
+  finish_streaming();
+}
 
 // Adds the partial sums of every chunk up in the first, neighbors first: errors grow with the tree's 7 levels, not with
 // its 128 leaves.
@@ -149,7 +160,7 @@ void add_chunks(float* sums, int64_t chunks, int64_t chunk_stride, int64_t colum
 }
 
 template <class Format, class WeightFormat>
-void round_sums(const float* sums, void* to, int64_t begin, int64_t columns) {
+CALLED void round_sums(const float* sums, void* to, int64_t begin, int64_t columns) {
   auto* elements = static_cast<typename WeightFormat::Element*>(to) + begin;
   walk(columns, [=](int64_t i, auto step, int) {
     const Pair pair = to_memory_order<Format, decltype(step)>(load_pair<Float32>(sums + i, step), step);
@@ -177,40 +188,19 @@ void reduce_weight_gradients(const NormBackward& call, float* partial, int64_t c
   });
 }
 
-template <class Format, bool CENTERED, bool MORE, bool DROPPED>
+template <class Format>
 void backward(const NormBackward& call, const Threads& threads) {
   const NormShape& shape = call.shape;
   const int64_t width = shape.width, chunks = norm_chunks(shape.rows), rows = norm_chunk_rows(shape.rows);
   const float* weight = widened<Format>(call.weight, shape.weight_dtype, width, 1.0f, call.workspace);
   float* partial = call.workspace + width;  // [chunks][2][width]
-  const bool streamed = streams<Format>(shape, call.grad_stream, call.grad_branch);
+  const Passes passes = passes_of<Format>(call);
   deal(chunks, threads, [&](int64_t chunk) {
     const WeightGradients sums = {partial + 2 * chunk * width, partial + (2 * chunk + 1) * width};
-    const int64_t begin = chunk * rows, end = smaller(begin + rows, shape.rows);
-    if (streamed) {
-      Backward<Format, CENTERED, MORE, DROPPED, Stores::streamed>(call, weight, sums, begin, end).run();
-    } else {
-      Backward<Format, CENTERED, MORE, DROPPED, Stores::cached>(call, weight, sums, begin, end).run();
-    }
+    const int64_t begin = chunk * rows;
+    backward_of_chunk(call, passes, weight, sums, begin, smaller(begin + rows, shape.rows));
   });
   reduce_weight_gradients<Format>(call, partial, chunks, threads);
-}
-
-template <class Format, bool CENTERED>
-void backward(const NormBackward& call, const Threads& threads) {
-  const bool more = call.grad_summed.data != nullptr;
-  if (call.grad_branch) {
-    more ? backward<Format, CENTERED, true, true>(call, threads)
-         : backward<Format, CENTERED, false, true>(call, threads);
-  } else {
-    more ? backward<Format, CENTERED, true, false>(call, threads)
-         : backward<Format, CENTERED, false, false>(call, threads);
-  }
-}
-
-template <class Format>
-void backward(const NormBackward& call, const Threads& threads) {
-  call.shape.centered ? backward<Format, true>(call, threads) : backward<Format, false>(call, threads);
 }
 
 }  // namespace

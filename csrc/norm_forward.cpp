@@ -37,11 +37,11 @@ Moments moments_of(const Pair (&sums)[CHAINS], const Pair (&squares)[CHAINS]) {
 }
 
 // Of the elements, or with ORIGIN of their deviations from `origin`.
-template <class Source, bool SHIFT, bool ORIGIN>
-Moments moments(const typename Source::Element* row, int64_t width, float origin) {
+template <class Format, bool SHIFT, bool ORIGIN>
+CALLED Moments moments(const typename Format::Element* row, int64_t width, float origin) {
   Pair sums[CHAINS] = {}, squares[CHAINS] = {};
   walk<CHAINS>(width, [=, &sums, &squares](int64_t column, auto step, int chain) __attribute__((always_inline)) {
-    Pair element = load_pair<Source>(row + column, step);
+    Pair element = load_pair<Format>(row + column, step);
     if constexpr (ORIGIN) element = only_columns(element - origin, step);
     if constexpr (SHIFT) sums[chain] = sums[chain] + element;
     squares[chain] = squares[chain] + element * element;
@@ -54,93 +54,73 @@ float variance_of(const Moments& of, float shift, float count) {
   return variance < 0.0f ? 0.0f : variance;
 }
 
-float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
-
-template <class Source, bool CENTERED>
-Statistics statistics(const Moments& of, const typename Source::Element* row, int64_t width, float eps) {
-  const float count = static_cast<float>(width);
-  float origin = 0.0f, shift = CENTERED ? of.sum / count : 0.0f, variance = variance_of(of, shift, count);
+template <class Format>
+Statistics statistics(const Moments& of, const typename Format::Element* row, const NormShape& shape) {
+  const float count = static_cast<float>(shape.width);
+  float origin = 0.0f, shift = shape.centered ? of.sum / count : 0.0f, variance = variance_of(of, shift, count);
   // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit. One
   // pass mends that; a second one does where a sum of 65,537 elements of 10⁶ was itself off by more than the deviation.
   for (int passes = 0; passes < 2 && shift * shift > 0.25f * variance; passes++) {
     origin += shift;
-    const Moments from = moments<Source, true, true>(row, width, origin);
+    const Moments from = moments<Format, true, true>(row, shape.width, origin);
     shift = from.sum / count;
     variance = variance_of(from, shift, count);
   }
-  return {origin, shift, reciprocal_root(variance + eps)};
+  return {origin, shift, 1.0f / __builtin_sqrtf(variance + shape.eps)};
 }
 
+// In pair order.
 struct Weights {
-  const float *weight, *bias;  // in pair order
-  bool bounded;                // none is a NaN or as large as LARGE_WEIGHT
+  const float *weight, *bias;
 };
 
-// A row's results are below 2^111, as bounded rounding needs it, if its squares have a finite sum, so that its elements
-// are below 2^64, and rstd is below 2^24 and weight and bias are below 2^20. `rstd` is 0 or a NaN where the sum is not.
-constexpr float LARGE_RSTD = 0x1p24f, LARGE_WEIGHT = 0x1p20f;
-
-bool is_bounded(const Statistics& of) { return of.origin == 0.0f && of.rstd > 0.0f && of.rstd < LARGE_RSTD; }
-
+// Only bf16 gains by rows side by side (NORM_WIDE_ROW).
 template <class Format>
-bool are_bounded(const float* weights, int64_t width) {
-  if (!std::is_same_v<Format, BFloat16>) return true;
-  Pair within = {broadcast(1.0f), broadcast(1.0f)};
-  walk(width, [=, &within](int64_t column, auto step, int) __attribute__((always_inline)) {
-    const Pair weight = load_pair<Float32>(weights + column, step);
-    const Pair square = weight * weight;
-    constexpr float LARGE = LARGE_WEIGHT * LARGE_WEIGHT;
-    within = {square.first < LARGE ? within.first : Vector{}, square.second < LARGE ? within.second : Vector{}};
-  });
-  return total(within) == static_cast<float>(PAIR);
-}
+constexpr int FORWARD_ROWS = std::is_same_v<Format, BFloat16> ? ROWS_AT_ONCE : 1;
 
-template <class Format, bool CENTERED, bool BRANCH, Stores STORES>
+template <class Format, bool BRANCH, Stores STORES>
 class Forward {
   using Element = typename Format::Element;
-  using Source = std::conditional_t<BRANCH, Float32, Format>;
 
   const NormForward& call;
   const Weights weights;
-  const RowScratch scratch;
   const int64_t begin, end, width;
+  const RowScratch scratch;  // dropout's factors, and copies of the sums that are streamed
 
   // Adds the branch to row r, and takes the sum's moments. What is normalized is the sum as it is stored: the backward
   // reads that again.
-  template <int ROWS, Rounding ROUNDING>
-  Moments add_branch(int64_t r) const {
+  template <bool CENTERED>
+  CALLED Moments add_branch(int64_t r) const {
     const Element *stream = row_at<Format>(call.stream, r), *branch = row_at<Format>(call.branch, r);
     Element* const summed = static_cast<Element*>(call.summed) + r * width;
-    float* const sums = row_of_sums<ROWS>(r);
+    Element* const copy = const_cast<Element*>(source(r));
+    const float* const factors = scratch.rows[0];
     const bool drops = call.dropout.threshold != 0;
-    if (drops) dropout_factors(call.dropout, r, width, sums);  // each lies there until its sum takes its place
-    Pair moment[CHAINS] = {}, squares[CHAINS] = {};
-    walk<CHAINS>(width, [=, &moment, &squares](int64_t column, auto step, int chain) __attribute__((always_inline)) {
+    if (drops) dropout_factors(call.dropout, r, width, scratch.rows[0]);
+    Pair sums[CHAINS] = {}, squares[CHAINS] = {};
+    walk<CHAINS>(width, [=, &sums, &squares](int64_t column, auto step, int chain) __attribute__((always_inline)) {
       Pair added = load_pair<Format>(branch + column, step);
       if (drops) {
-        const Pair kept = load_in_order<Float32>(sums + column, step);
+        const Pair kept = load_in_order<Float32>(factors + column, step);
         added = added * to_pair_order<Format, decltype(step)>(kept, step);
       }
-      const Pair sum = rounded<Format, ROUNDING>(load_pair<Format>(stream + column, step) + added);
-      store_rounded<Format, STORES>(summed + column, sum, step);
-      store_in_order<Float32>(sums + column, sum, step);
-      if constexpr (CENTERED) moment[chain] = moment[chain] + sum;
+      const Pair exact = load_pair<Format>(stream + column, step) + added;
+      const Pair sum = stored_pair<Format, STORES>(summed + column, copy + column, exact, step);
+      if constexpr (CENTERED) sums[chain] = sums[chain] + sum;
       squares[chain] = squares[chain] + sum * sum;
     });
-    return moments_of(moment, squares);
+    return moments_of(sums, squares);
   }
 
-  // Normalizes rows r, r + 1, …, and starts to fetch as many that follow the next ones. Bounded rows have their origin
-  // at 0.
-  template <int ROWS, Rounding ROUNDING>
-  void normalize(int64_t r, const Statistics (&of)[ROWS]) const {
-    const typename Source::Element* rows[ROWS];
-    const Element *stream[ROWS], *branch[ROWS];
+  // Normalizes rows r, r + 1, …, and starts to fetch as many that follow the next ones.
+  template <int ROWS, bool ORIGIN>
+  CALLED void normalize(int64_t r, const Statistics* of) const {
+    const Element *rows[ROWS], *stream[ROWS], *branch[ROWS];
     Element* normalized[ROWS];
     float origin[ROWS], offset[ROWS], rstd[ROWS];
     for (int i = 0; i < ROWS; i++) {
       const int64_t ahead = smaller(r + 2 * ROWS + i, end - 1);
-      rows[i] = source<ROWS>(r + i);
+      rows[i] = source(r + i);
       stream[i] = row_at<Format>(call.stream, ahead);
       branch[i] = BRANCH ? row_at<Format>(call.branch, ahead) : nullptr;
       normalized[i] = static_cast<Element*>(call.normalized) + (r + i) * width;
@@ -154,49 +134,43 @@ class Forward {
       for (int i = 0; i < ROWS; i++) {
         fetch<NEAREST>(stream[i] + column);
         if constexpr (BRANCH) fetch<NEAREST>(branch[i] + column);
-        Pair element = load_pair<Source>(rows[i] + column, step);
-        if constexpr (ROUNDING == Rounding::exact) element = element - origin[i];
+        Pair element = load_pair<Format>(rows[i] + column, step);
+        if constexpr (ORIGIN) element = element - origin[i];
         const Pair unit = element * rstd[i] + offset[i];
-        store_pair<Format, STORES, ROUNDING>(normalized[i] + column, unit * scale + added, step);
+        store_pair<Format, STORES>(normalized[i] + column, unit * scale + added, step);
       }
     });
   }
 
-  template <int ROWS>
-  float* row_of_sums(int64_t r) const {
-    return scratch.rows[(r - begin) % (2 * ROWS)];
+  // Where row r is read from a second time: the sum where it was stored, but a streamed one has left the cache.
+  const Element* source(int64_t r) const {
+    if constexpr (!BRANCH) return row_at<Format>(call.stream, r);
+    if constexpr (STORES == Stores::cached) return static_cast<const Element*>(call.summed) + r * width;
+    return reinterpret_cast<const Element*>(scratch.rows[1 + (r - begin) % (2 * FORWARD_ROWS<Format>)]);
   }
 
-  // Where row r is read from a second time.
-  template <int ROWS>
-  const typename Source::Element* source(int64_t r) const {
-    if constexpr (BRANCH)
-      return row_of_sums<ROWS>(r);
-    else
-      return row_at<Format>(call.stream, r);
-  }
-
-  template <int ROWS>
   Moments first_pass(int64_t r) const {
-    if constexpr (!BRANCH) return moments<Source, CENTERED, false>(source<ROWS>(r), width, 0.0f);
-    const Moments of = add_branch<ROWS, Rounding::bounded>(r);
-    return of.squares < INFINITE ? of : add_branch<ROWS, Rounding::exact>(r);
+    if constexpr (BRANCH) return call.shape.centered ? add_branch<true>(r) : add_branch<false>(r);
+    const Element* row = source(r);
+    return call.shape.centered ? moments<Format, true, false>(row, width, 0.0f)
+                               : moments<Format, false, false>(row, width, 0.0f);
   }
 
   template <int ROWS>
-  void prepare(int64_t r, Statistics (&of)[ROWS]) const {
+  void prepare(int64_t r, Statistics* of) const {
     for (int i = 0; i < ROWS; i++) {
-      of[i] = statistics<Source, CENTERED>(first_pass<ROWS>(r + i), source<ROWS>(r + i), width, call.shape.eps);
-      if constexpr (CENTERED) call.mean[r + i] = of[i].origin + of[i].shift;
+      of[i] = statistics<Format>(first_pass(r + i), source(r + i), call.shape);
+      if (call.shape.centered) call.mean[r + i] = of[i].origin + of[i].shift;
       call.rstd[r + i] = of[i].rstd;
     }
   }
 
   template <int ROWS>
-  void finish(int64_t r, const Statistics (&of)[ROWS]) const {
-    bool bounded = weights.bounded;
-    for (int i = 0; i < ROWS; i++) bounded &= is_bounded(of[i]);
-    bounded ? normalize<ROWS, Rounding::bounded>(r, of) : normalize<ROWS, Rounding::exact>(r, of);
+  void finish(int64_t r, const Statistics* of) const {
+    bool centered = true;
+    for (int i = 0; i < ROWS; i++) centered &= of[i].origin == 0.0f;
+    if (centered) return normalize<ROWS, false>(r, of);
+    for (int i = 0; i < ROWS; i++) normalize<1, true>(r + i, of + i);
   }
 
   template <int ROWS>
@@ -215,45 +189,43 @@ class Forward {
   Forward(const NormForward& call, const Weights& weights, int64_t begin, int64_t end)
       : call(call),
         weights(weights),
-        scratch(call.shape.width, BRANCH ? 2 * ROWS_AT_ONCE : 0),
         begin(begin),
         end(end),
-        width(call.shape.width) {}
+        width(call.shape.width),
+        scratch(width, !BRANCH                    ? 0
+                       : STORES == Stores::cached ? 1
+                                                  : 1 + 2 * FORWARD_ROWS<Format>) {}
 
   void run() const {
-    const int64_t together = width >= NORM_WIDE_ROW ? (end - begin) / ROWS_AT_ONCE * ROWS_AT_ONCE : 0;
-    run<ROWS_AT_ONCE>(begin, begin + together);
+    constexpr int ROWS = FORWARD_ROWS<Format>;
+    const int64_t together = ROWS > 1 && width >= NORM_WIDE_ROW ? (end - begin) / ROWS * ROWS : 0;
+    if constexpr (ROWS > 1) run<ROWS>(begin, begin + together);
     run<1>(begin + together, end);
     if constexpr (STORES == Stores::streamed) finish_streaming();
   }
 };
 
-template <class Format, bool CENTERED, bool BRANCH>
+template <class Format, bool BRANCH>
 void forward(const NormForward& call, const Threads& threads) {
   const NormShape& shape = call.shape;
-  const float* weight = widened<Format>(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace);
-  const float* bias = widened<Format>(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width);
-  const bool bounded = are_bounded<Format>(weight, shape.width) && are_bounded<Format>(bias, shape.width);
-  const Weights weights = {weight, bias, bounded};
+  const Weights weights = {
+      widened<Format>(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace),
+      widened<Format>(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width)};
   const bool streamed = streams<Format>(shape, call.normalized, call.summed);
   const int64_t rows = norm_task_rows(shape, threads.count);
   deal(ceiling(shape.rows, rows), threads, [&](int64_t task) {
     const int64_t begin = task * rows, end = smaller(begin + rows, shape.rows);
     if (streamed) {
-      Forward<Format, CENTERED, BRANCH, Stores::streamed>(call, weights, begin, end).run();
+      Forward<Format, BRANCH, Stores::streamed>(call, weights, begin, end).run();
     } else {
-      Forward<Format, CENTERED, BRANCH, Stores::cached>(call, weights, begin, end).run();
+      Forward<Format, BRANCH, Stores::cached>(call, weights, begin, end).run();
     }
   });
 }
 
 template <class Format>
 void forward(const NormForward& call, const Threads& threads) {
-  if (call.shape.centered) {
-    call.branch.data ? forward<Format, true, true>(call, threads) : forward<Format, true, false>(call, threads);
-  } else {
-    call.branch.data ? forward<Format, false, true>(call, threads) : forward<Format, false, false>(call, threads);
-  }
+  call.branch.data ? forward<Format, true>(call, threads) : forward<Format, false>(call, threads);
 }
 
 }  // namespace

@@ -48,8 +48,7 @@ static inline Pair load_in_order(const typename Format::Element* from, Whole) {
 template <class Format>
 static inline Pair load_in_order(const typename Format::Element* from, Rest rest) {
   if (rest.count < LANES) return {load_some<Format>(from, rest.count), Vector{}};
-  return {Format::load_vector(from),
-          rest.count > LANES ? load_some<Format>(from + LANES, rest.count - LANES) : Vector{}};
+  return {Format::load_vector(from), load_some<Format>(from + LANES, rest.count - LANES)};
 }
 template <class Format>
 static inline void store_in_order(typename Format::Element* to, Pair pair, Whole) {
@@ -60,7 +59,7 @@ template <class Format>
 static inline void store_in_order(typename Format::Element* to, Pair pair, Rest rest) {
   if (rest.count < LANES) return store_some<Format>(to, pair.first, rest.count);
   Format::store_vector(to, pair.first);
-  if (rest.count > LANES) store_some<Format>(to + LANES, pair.second, rest.count - LANES);
+  store_some<Format>(to + LANES, pair.second, rest.count - LANES);
 }
 
 template <int... LANE>
@@ -92,6 +91,8 @@ inline Pair to_memory_order<BFloat16, Whole>(Pair pair, Whole) {
   return interleaved(pair, std::make_integer_sequence<int, LANES>{});
 }
 
+static inline Pair from_bfloat16(Bits bits) { return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)}; }
+
 // In pair order.
 template <class Format, class Step>
 static inline Pair load_pair(const typename Format::Element* from, Step step) {
@@ -101,7 +102,7 @@ template <>
 inline Pair load_pair<BFloat16, Whole>(const uint16_t* from, Whole) {
   Bits bits;
   __builtin_memcpy(&bits, from, sizeof bits);
-  return {(Vector)(bits << 16), (Vector)(bits & 0xffff0000u)};
+  return from_bfloat16(bits);
 }
 
 // `count` elements, `stride` apart, as floats in the pair order of Order, and zeros up to a whole number of pairs.
@@ -129,91 +130,83 @@ static inline void unpack_in_pair_order(const typename Format::Element* from, in
   }
 }
 
-// Rounded to nearest even in the high half of each lane. A NaN stays one if the low half of its bits is 0: rounding
-// then carries nothing into the high half. Arithmetic on such NaNs and numbers makes no others, so that 2 of 6
-// instructions are saved by `quieted` where other floats come in.
-static inline Bits high_bfloat16(Vector vector) {
-  const Bits bits = (Bits)vector;
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
+// Quiet NaNs whose low half is 0, as `in_bfloat16` takes them.
 static inline Pair quieted(Pair pair) {
   const Vector nan = (Vector)(Bits{} + 0x7fc00000u);
   return {pair.first != pair.first ? nan : pair.first, pair.second != pair.second ? nan : pair.second};
 }
 
-// The same by the adder, in 2 instructions instead of 4: x · 65537, rounded to 24 bits, less x · 65536, which is exact,
-// leaves x rounded to 8. An infinity or a NaN comes of |x| >= 2^111; below 2^-126 there are more bits left than bf16
-// has there, for the caller to cut off.
-static inline Vector in_eight_bits(Vector x) {
-  const Vector large = x * 65536.0f;
-  return (large + x) - large;
+// Rounded to nearest even, as a register of bf16 in memory order: the high halves of all floats in one register, one up
+// where the low halves, in another, are above the middle, or in the middle beside an odd one. 7 instructions for both
+// registers with AVX-512; rounding each before they are packed takes 10. Even a sum that carries is right: into the
+// exponent, and to infinity. A NaN stays one if its low half is 0. Arithmetic on such NaNs and numbers makes no others,
+// so that no instruction asks for them; `quieted` lets other floats in.
+static inline Bits in_bfloat16(Pair pair) {
+  typedef uint16_t Words __attribute__((vector_size(4 * LANES)));
+  const Bits first = (Bits)pair.first, second = (Bits)pair.second;
+  const Words high = (Words)((first >> 16) | (second & 0xffff0000u));
+  const Words low = (Words)((first & 0xffffu) | (second << 16));
+#if defined(__AVX512BW__)
+  const __mmask32 up = _mm512_cmpgt_epu16_mask((__m512i)(low | (high & 1)), _mm512_set1_epi16(-0x8000));
+  return (Bits)_mm512_mask_add_epi16((__m512i)high, up, (__m512i)high, _mm512_set1_epi16(1));
+#else
+  return (Bits)(high - (Words)((low | (high & 1)) > 0x8000));  // a comparison is -1 where it holds
+#endif
 }
 
-// How a value is made bf16: exactly, whatever it is, or as in_eight_bits does.
-enum class Rounding { exact, bounded };
-// Whether results of this size and more need exact rounding.
-constexpr float UNBOUNDED = 0x1p111f;
-
-template <Rounding ROUNDING>
-static inline Bits packed_bfloat16(Pair pair) {
-  if constexpr (ROUNDING == Rounding::exact)
-    return (high_bfloat16(pair.first) >> 16) | (high_bfloat16(pair.second) & 0xffff0000u);
-  else
-    return ((Bits)in_eight_bits(pair.first) >> 16) | ((Bits)in_eight_bits(pair.second) & 0xffff0000u);
+// PAIR elements as they are stored: a register of bf16, or two registers of another format.
+template <class Register>
+struct TwoRegisters {
+  Register first, second;
+};
+static inline TwoRegisters<Vector> packed(Float32, Pair pair) { return {pair.first, pair.second}; }
+static inline TwoRegisters<Halves> packed(Float16, Pair pair) {
+  return {to_float16(pair.first), to_float16(pair.second)};
 }
+static inline Bits packed(BFloat16, Pair pair) { return in_bfloat16(pair); }
+static inline Pair unpacked(Float32, TwoRegisters<Vector> two) { return {two.first, two.second}; }
+static inline Pair unpacked(Float16, TwoRegisters<Halves> two) {
+  return {from_float16(two.first), from_float16(two.second)};
+}
+static inline Pair unpacked(BFloat16, Bits bits) { return from_bfloat16(bits); }
 
 enum class Stores { cached, streamed };
 
-template <class Format, Stores STORES = Stores::cached, Rounding ROUNDING = Rounding::exact>
-static inline void store_pair(typename Format::Element* to, Pair pair, Whole step) {
-  if constexpr (std::is_same_v<Format, BFloat16>) {
-    const Bits bits = packed_bfloat16<ROUNDING>(pair);
-    if constexpr (STORES == Stores::cached)
-      __builtin_memcpy(to, &bits, sizeof bits);
-    else
-      stream(to, bits);
-  } else if constexpr (STORES == Stores::cached) {
-    store_in_order<Format>(to, pair, step);
-  } else {
-    stream(to, in_memory(Format{}, pair.first));
-    stream(to + LANES, in_memory(Format{}, pair.second));
-  }
+template <Stores STORES, class Element, class Register>
+static inline void store_register(Element* to, Register value) {
+  if constexpr (STORES == Stores::streamed)
+    stream(to, value);
+  else
+    __builtin_memcpy(to, &value, sizeof value);
 }
-template <class Format, Stores STORES = Stores::cached, Rounding ROUNDING = Rounding::exact>
+template <Stores STORES, class Element, class Register>
+static inline void store_register(Element* to, TwoRegisters<Register> value) {
+  store_register<STORES>(to, value.first);
+  store_register<STORES>(to + LANES, value.second);
+}
+
+template <class Format, Stores STORES = Stores::cached>
+static inline void store_pair(typename Format::Element* to, Pair pair, Whole) {
+  store_register<STORES>(to, packed(Format{}, pair));
+}
+template <class Format, Stores STORES = Stores::cached>
 static inline void store_pair(typename Format::Element* to, Pair pair, Rest step) {
   store_in_order<Format>(to, pair, step);
 }
 
-// What becomes of values that are stored and loaded again.
-template <class Format, Rounding ROUNDING>
-static inline Pair rounded(Pair pair) {
-  if constexpr (std::is_same_v<Format, Float16>)
-    return {from_float16(to_float16(pair.first)), from_float16(to_float16(pair.second))};
-  else if constexpr (std::is_same_v<Format, BFloat16> && ROUNDING == Rounding::bounded)
-    return {in_eight_bits(pair.first), in_eight_bits(pair.second)};
-  else if constexpr (std::is_same_v<Format, BFloat16>)
-    return {(Vector)(high_bfloat16(pair.first) & 0xffff0000u), (Vector)(high_bfloat16(pair.second) & 0xffff0000u)};
-  else
-    return pair;
-}
-
-// Stores what `rounded` returned: nothing is left to be rounded.
+// Stores a pair in `to` and, if there is one, in `copy`, and returns what was stored.
 template <class Format, Stores STORES>
-static inline void store_rounded(typename Format::Element* to, Pair pair, Whole step) {
-  if constexpr (std::is_same_v<Format, BFloat16>) {
-    const Bits bits = ((Bits)pair.first >> 16) | ((Bits)pair.second & 0xffff0000u);
-    if constexpr (STORES == Stores::cached)
-      __builtin_memcpy(to, &bits, sizeof bits);
-    else
-      stream(to, bits);
-  } else {
-    store_pair<Format, STORES>(to, pair, step);
-  }
+static inline Pair stored_pair(typename Format::Element* to, typename Format::Element* copy, Pair pair, Whole) {
+  const auto value = packed(Format{}, pair);
+  store_register<STORES>(to, value);
+  if constexpr (STORES == Stores::streamed) store_register<Stores::cached>(copy, value);
+  return unpacked(Format{}, value);
 }
 template <class Format, Stores STORES>
-static inline void store_rounded(typename Format::Element* to, Pair pair, Rest step) {
+static inline Pair stored_pair(typename Format::Element* to, typename Format::Element* copy, Pair pair, Rest step) {
   store_in_order<Format>(to, pair, step);
+  if constexpr (STORES == Stores::streamed) store_in_order<Format>(copy, pair, step);
+  return load_in_order<Format>(to, step);
 }
 
 }  // namespace trilby::TRILBY_LEVEL

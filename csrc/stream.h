@@ -37,11 +37,6 @@ static inline void stream(void* to, Halves halves) {
 #endif
 }
 
-// A register as it lies in memory.
-static inline Vector in_memory(Float32, Vector vector) { return vector; }
-static inline Halves in_memory(BFloat16, Vector vector) { return to_bfloat16(vector); }
-static inline Halves in_memory(Float16, Vector vector) { return to_float16(vector); }
-
 static inline void finish_streaming() {
 #if defined(__SSE2__)
   _mm_sfence();

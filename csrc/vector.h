@@ -1,9 +1,10 @@
 // One register of floats, as wide as the level has, written with the compiler's vector extensions: the same source is
-// SSE, AVX2, AVX-512 and NEON. Only fp16 conversion and nothing else asks for an instruction by name.
+// SSE, AVX2, AVX-512 and NEON. Only fp16 conversion and AVX-512's masks are asked for by name.
 #pragma once
 
 #include <cstdint>
-#include <utility>  // integer_sequence: a type, no code
+#include <type_traits>  // types, no code
+#include <utility>      // integer_sequence: a type, no code
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -150,13 +151,15 @@ struct Float32 {
 template <Vector (*WIDEN)(Halves), Halves (*NARROW)(Vector)>
 struct SixteenBits {
   using Element = uint16_t;
+  static Vector widened(Halves halves) { return WIDEN(halves); }
+  static Halves narrowed(Vector vector) { return NARROW(vector); }
   static Vector load_vector(const uint16_t* from) {
     Halves halves;
     __builtin_memcpy(&halves, from, sizeof halves);
-    return WIDEN(halves);
+    return widened(halves);
   }
   static void store_vector(uint16_t* to, Vector vector) {
-    const Halves halves = NARROW(vector);
+    const Halves halves = narrowed(vector);
     __builtin_memcpy(to, &halves, sizeof halves);
   }
 };
@@ -164,19 +167,41 @@ struct SixteenBits {
 using BFloat16 = SixteenBits<from_bfloat16, to_bfloat16>;
 using Float16 = SixteenBits<from_float16, to_float16>;
 
-// The first `count` elements, 1 <= count < LANES, the rest 0: nothing past them is read.
+// A loop over a few elements is called, not inlined: unrolled and vectorized wherever a row ends, it was much of what
+// the compiler had to do.
+template <class Element>
+static __attribute__((noinline)) void copy_elements(Element* to, const Element* from, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = from[i];
+}
+
+// The first `count` elements, 0 <= count <= LANES, the rest 0: nothing past them is read. AVX-512 has masks for that.
 template <class Format>
 static inline Vector load_some(const typename Format::Element* from, int64_t count) {
+#if defined(__AVX512BW__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (std::is_same_v<Format, Float32>) return (Vector)_mm512_maskz_loadu_ps(lanes, from);
+  if constexpr (sizeof(typename Format::Element) == 2)
+    return Format::widened((Halves)_mm256_maskz_loadu_epi16(lanes, from));
+#endif
   typename Format::Element elements[LANES] = {};
-  for (int64_t i = 0; i < count; i++) elements[i] = from[i];
+  if (__builtin_constant_p(count) && count == 1)
+    elements[0] = from[0];
+  else
+    copy_elements(elements, from, count);
   return Format::load_vector(elements);
 }
 
 template <class Format>
 static inline void store_some(typename Format::Element* to, Vector vector, int64_t count) {
+#if defined(__AVX512BW__)
+  const auto lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (std::is_same_v<Format, Float32>) return _mm512_mask_storeu_ps(to, lanes, (__m512)vector);
+  if constexpr (sizeof(typename Format::Element) == 2)
+    return _mm256_mask_storeu_epi16(to, lanes, (__m256i)Format::narrowed(vector));
+#endif
   typename Format::Element elements[LANES];
   Format::store_vector(elements, vector);
-  for (int64_t i = 0; i < count; i++) to[i] = elements[i];
+  copy_elements(to, elements, count);
 }
 
 // Round `side` of a transposition: exchanges the blocks of that side which lie off the diagonal of rows a and b.
