@@ -100,9 +100,12 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             console.print(line, markup=False, highlight=False)
         rows: list[Row] = []
         if plan.shows_allocator:
-            rows.append(allocator_row(plan, ceilings))
+            rows.append(allocator_row(plan, ceilings, "without keep_memory()"))
             advance()
         keep_memory()
+        if plan.shows_allocator:
+            rows.append(allocator_row(plan, ceilings, "with keep_memory()"))
+            advance()
         for row in kernel_rows(plan, ceilings, advance):
             rows.append(row)
             progress.update(task, description=f"{row.operation} {row.shape}")

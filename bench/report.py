@@ -120,19 +120,25 @@ def _curves(training: Training) -> str:
 
 
 def _memory(run: Run) -> list[str]:
-    """What a step of an unchanged model needs beyond its weights."""
-    shown = []
-    for row in run.rows:
-        ours, rival = (row.peak_bytes.get(name) for name in (OURS, RIVAL))
-        if row.direction == "step" and ours is not None and rival is not None:
-            shown.append(f"{row.operation} {ours / MIB:.0f} MiB ({rival / MIB:.0f})")
-    return [f"peak memory of a step, with trilby (with PyTorch): {', '.join(shown)}."] if shown else []
+    """What a step of an unchanged model needs beyond its weights, and a norm in each setting of the allocator."""
+    steps = [f"{row.operation} {shown}" for row in run.rows if row.direction == "step" and (shown := _peaks(row))]
+    calls = [f"{shown} {row.setting}" for row in run.rows if "keep_memory" in row.setting and (shown := _peaks(row))]
+    lines = [f"peak memory of a step, with trilby (with PyTorch): {', '.join(steps)}."] if steps else []
+    if calls:
+        lines.append(f"peak memory of the first norm in the table, of trilby's (PyTorch's): {', '.join(calls)}.")
+    return lines
+
+
+def _peaks(row: Row) -> str:
+    ours, rival = (row.peak_bytes.get(name) for name in (OURS, RIVAL))
+    return "" if ours is None or rival is None else f"{ours / MIB:.0f} MiB ({rival / MIB:.0f})"
 
 
 def _allocation() -> str:
     return (
-        "trilby.kernels.keep_memory() holds for both sides: the C library otherwise gives every tensor above 32 MiB "
-        "back to the system when it is freed, and paying for its pages again hides the kernels."
+        "but for the first norm in the table, trilby.kernels.keep_memory() holds for both sides: the C library "
+        "otherwise gives every tensor above 32 MiB back to the system when it is freed, and paying for its pages again "
+        "hides the kernels."
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from trilby.gpt import PYTORCH, TRILBY
@@ -31,6 +32,8 @@ from .results import COMPILED, OURS, RIVAL, RIVAL_AGAIN, Repeat, Row, Work
 
 # What `--cold` writes between turns: more than any cache holds, so that no turn finds its inputs there.
 EVICTION_BYTES = 512 * MIB
+# Calls after which an allocator that keeps memory shows what it needs for all of them.
+CALLS_FOR_PEAK = 3
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ class Plan:
     def kernel_steps(self) -> int:
         """How many rows `allocator_row`, `kernel_rows` and `repeat_rows` make."""
         rows = sum(len(case.dtypes) * len(DIRECTIONS) for case in self.cases)
-        return len(self.self_checks) + rows + self.shows_allocator + len(self.repeat_cases)
+        return len(self.self_checks) + rows + 2 * self.shows_allocator + len(self.repeat_cases)
 
     @property
     def shows_allocator(self) -> bool:
-        """Whether one case is shown with the C allocator as it comes, too."""
+        """Whether one case is shown with the C allocator as it comes, and as `keep_memory()` sets it."""
         return self.includes("norm") and not self.quick and self.device == "cpu"
 
     def budget(self) -> Budget:
@@ -101,12 +104,19 @@ class Plan:
         return Budget(seconds=0.45, before=before)
 
 
-def allocator_row(plan: Plan, ceilings: Ceilings) -> Row:
-    """One case with the C allocator as it comes; `keep_memory()`, which holds from then on, has not been called yet."""
+def allocator_row(plan: Plan, ceilings: Ceilings, setting: str) -> Row:
+    """One case with the C allocator as it is set now, for both sides: time, and the peak memory of some calls."""
     job = prepare(ALLOCATION_CASE, torch.float32)
     calls = {name: job.call(layers, "forward") for name, layers in contestants(compiled=False).items()}
+    peaks = {name: peak_bytes(partial(_repeated, call))[1] for name, call in calls.items()}
     row = _timed_row(ALLOCATION_CASE, "forward", "float32", calls, plan, ceilings)
-    return replace(row, setting="without keep_memory()")
+    return replace(row, peak_bytes=peaks, setting=setting)
+
+
+def _repeated(call: Call) -> None:
+    """Calls as a program makes them, each freeing what the one before it returned."""
+    for _ in range(CALLS_FOR_PEAK):
+        call()
 
 
 def kernel_rows(plan: Plan, ceilings: Ceilings, advance: Callable[[], None]) -> Iterator[Row]:

@@ -4,8 +4,10 @@
 
 #include "vector.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>  // alone: the rest of immintrin.h takes half a second to read
 #endif
 
 namespace trilby::TRILBY_LEVEL {

@@ -25,10 +25,10 @@ def _one_thread():
 CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),))
 
 
-def test_a_full_plan_has_every_case_and_the_allocator():
+def test_a_full_plan_has_every_case_and_the_allocator_twice():
     plan = Plan()
     assert plan.cases == (*ATTENTION_CASES, *NORM_CASES)
-    assert plan.kernel_steps == len(SELF_CHECKS) + 4 * len(plan.cases) + 1
+    assert plan.kernel_steps == len(SELF_CHECKS) + 4 * len(plan.cases) + 2
 
 
 @pytest.mark.parametrize(("only", "kinds"), [("attention", {AttentionCase}), ("norm", {NormCase}), ("gpt", set())])

@@ -1,7 +1,9 @@
 """`keep_memory`: freed memory stays in the process, is handed back on request, and other allocators are left alone."""
 
+import os
 import subprocess
 import sys
+from ctypes.util import find_library
 
 import pytest
 from trilby.kernels import keep_memory, memory
@@ -31,9 +33,14 @@ print(held - resident())
 """
 
 
-def _run(program: str) -> list[str]:
+def _run(program: str, **variables: str) -> list[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | variables,
     ).stdout.split()
 
 
@@ -68,6 +75,31 @@ def test_another_allocator_is_left_alone_and_named(monkeypatch: pytest.MonkeyPat
         assert keep_memory().reason == "the C library is not glibc"
     finally:
         memory._reason_not_glibc.cache_clear()
+
+
+# What programs preload, by its name without "lib", and the Debian package that brings it.
+ALLOCATORS = {"jemalloc": "libjemalloc2", "tcmalloc_minimal": "libtcmalloc-minimal4"}
+
+
+@pytest.mark.skipif(not GLIBC, reason=memory._reason_not_glibc() or "glibc")
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_a_preloaded_allocator_serves_tensors_and_is_left_alone(name: str) -> None:
+    library = find_library(name)
+    if library is None:
+        pytest.skip(f"no {name} to preload: the Debian package is {ALLOCATORS[name]}")
+    program = (
+        "import torch\n"
+        "from trilby.kernels import keep_memory\n"
+        "before = keep_memory()\n"
+        "torch.ones(3 * 2**20).add_(1)\n"
+        "after = keep_memory(False)\n"
+        "print(before.kept, after.kept, before == after)\n"
+        "print(before.reason)"
+    )
+    kept, kept_after, same, *reason = _run(program, LD_PRELOAD=library)
+    assert (kept, kept_after, same) == ("False", "False", "True")
+    assert " ".join(reason).startswith("malloc is that of /")
+    assert f"{name}.so" in " ".join(reason)
 
 
 def test_a_refusal_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
