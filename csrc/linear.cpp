@@ -15,6 +15,10 @@
 #include "pair.h"
 #include "queue.h"
 
+#if defined(__SSE4_1__)
+#include <smmintrin.h>
+#endif
+
 namespace trilby::TRILBY_LEVEL {
 
 namespace {
