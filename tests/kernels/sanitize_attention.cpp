@@ -1,12 +1,13 @@
-// Attention forward and backward at random sizes, with all that it may be asked for, and with every tensor in a block
-// of its own, so that AddressSanitizer sees the first byte read or written outside. Built and run by
-// test_sanitizers.py, once for each instruction-set level.
+// Attention forward, backward and decoding at random sizes, with all that it may be asked for, and linear layers of few
+// rows, with every tensor in a block of its own, so that AddressSanitizer sees the first byte read or written outside.
+// Built and run by test_sanitizers.py, once for each instruction-set level.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 
+#include "attention_plan.h"
 #include "level.h"
 
 using namespace trilby;
@@ -78,7 +79,7 @@ AttentionRule random_rule() {
 void attend_once() {
   const bool packed = one_in(3), paged = one_in(4), masked = !packed && !paged && one_in(2);
   const int64_t B = packed ? 1 : up_to(2), N = packed ? up_to(4) : B, key_heads = up_to(2), H = key_heads * up_to(2);
-  const int64_t T = up_to(300), D = up_to(70), Dv = up_to(70), gap = up_to(2);
+  const int64_t T = one_in(3) ? up_to(8) : up_to(300), D = up_to(70), Dv = up_to(70), gap = up_to(2);
   const int64_t pages = up_to(5), page_size = up_to(70), all_pages = up_to(6),
                 S = paged ? pages * page_size : up_to(300);
   const Dtype dtype = static_cast<Dtype>(generator() % 3);
@@ -123,8 +124,9 @@ void attend_once() {
       value(batches, key_heads, rows, Dv, dtype, gap);
   const Tensor output(B, H, T, Dv, dtype), grad_output(B, H, T, Dv, dtype, gap), logsumexp(B, H, T, 1, Dtype::float32);
   float* statistics = static_cast<float*>(logsumexp.view.data);
-  TRILBY_LEVEL::attention_forward({shape, sequences, rule, query.view, key.view, value.view, output.view, statistics},
-                                  threads);
+  const AttentionForward problem = {shape, sequences, rule, query.view, key.view, value.view, output.view, statistics};
+  TRILBY_LEVEL::attention_forward(problem, threads);
+  if (decodes(problem)) TRILBY_LEVEL::attention_decode(problem, threads);
   if (paged) return;
   const Tensor grad_query(B, H, T, D, dtype), grad_key(B, key_heads, S, D, dtype),
       grad_value(B, key_heads, S, Dv, dtype);
@@ -133,10 +135,39 @@ void attend_once() {
                                    threads);
 }
 
+void multiply_once() {
+  const int64_t M = up_to(20), K = up_to(700), N = up_to(70), gap = up_to(2);
+  const Dtype dtype = static_cast<Dtype>(generator() % 3);
+  const Tensor input(1, 1, M, K, dtype, gap), weight(1, 1, N, K, dtype), bias(1, 1, 1, N, dtype),
+      output(1, 1, M, N, dtype);
+  const Numbers<int8_t> integers(N * K, [](int64_t) { return static_cast<int8_t>(generator()); });
+  const Numbers<float> scales(N, [](int64_t n) { return static_cast<float>(n) * 0.01f; });
+  Linear problem = {M,
+                    K,
+                    N,
+                    dtype,
+                    input.view.data,
+                    input.view.row,
+                    gap,
+                    weight.view.data,
+                    K,
+                    nullptr,
+                    one_in(2) ? bias.view.data : nullptr,
+                    output.view.data};
+  if (one_in(2)) {
+    problem.weight = integers.data.get();
+    problem.scales = scales.data.get();
+  }
+  TRILBY_LEVEL::linear(problem, {up_to(3), run});
+}
+
 }  // namespace
 
 int main() {
   constexpr int CASES = 200;
-  for (int i = 0; i < CASES; i++) attend_once();
+  for (int i = 0; i < CASES; i++) {
+    attend_once();
+    multiply_once();
+  }
   std::printf("%d cases\n", CASES);
 }

@@ -24,8 +24,11 @@ def flags(level: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the kernels with sanitizers")
 @pytest.mark.parametrize("level", NATIVE.levels)
-def test_attention_stays_inside_its_tensors(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [ROOT / "csrc" / name for name in ("attention_forward.cpp", "attention_backward.cpp", "scratch.cpp")]
+def test_attention_and_linear_stay_inside_their_tensors(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = ("attention_forward", "attention_decode", "attention_backward", "linear", "scratch")
+    sources = [ROOT / "csrc" / f"{name}.cpp" for name in kernels]
     command = [
         *(COMPILER, *SANITIZE, *flags(level, monkeypatch), f"-DTRILBY_LEVEL={level}", f"-I{ROOT / 'csrc'}"),
         *(str(Path(__file__).with_name("sanitize_attention.cpp")), *map(str, sources), "-o", str(tmp_path / "attend")),
