@@ -4,6 +4,7 @@ Every error names the argument, what it was, and what is allowed.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,22 +44,13 @@ class Arguments:
             TypeError, ValueError: As `attend` says.
         """
         query, key, value = self.query, self.key, self.value
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.dim() != 4:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; 4 dimensions, [B, H, T, D], are needed")
-            if tensor.dtype != query.dtype or not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype} and query {query.dtype}; all must be of one floating dtype")
-            if tensor.device != query.device:
-                raise ValueError(f"{name} is on {tensor.device}, and query on {query.device}")
-        B, H, _, D = query.shape
-        heads, S = key.shape[1:3]
-        batches = key.shape[0] if self.block_table is not None or self.sequences is not None else B
-        if key.shape[0] != batches or key.shape[3] != D:
-            raise ValueError(f"key has shape {tuple(key.shape)}; it must be {(batches, heads, S, D)}")
-        if value.shape[:3] != key.shape[:3]:
-            raise ValueError(f"value has shape {tuple(value.shape)}; it must be {(*key.shape[:3], value.shape[3])}")
-        if H % heads if heads else H:
-            raise ValueError(f"query has {H} heads; they must be a multiple of key's {heads}")
+        check = _check_sizes if torch.compiler.is_compiling() else _check_sizes_once  # compiled, sizes are symbols
+        check(
+            (query.shape, key.shape, value.shape),
+            (query.dtype, key.dtype, value.dtype),
+            (query.device, key.device, value.device),
+            self.block_table is None and self.sequences is None,
+        )
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -100,6 +92,37 @@ class Arguments:
         if slopes.shape not in ((H,), (self.count, H)):
             raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}; it must be {(H,)} or {(self.count, H)}")
         return slopes.expand(self.count, H)
+
+
+def _check_sizes(
+    sizes: tuple[torch.Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    of_batches: bool,
+) -> None:
+    """Refuse sizes, dtypes and devices of query, key and value that do not agree; `of_batches`: key has query's B."""
+    for name, size, dtype, device in zip(("query", "key", "value"), sizes, dtypes, devices):
+        if len(size) != 4:
+            raise ValueError(f"{name} has shape {tuple(size)}; 4 dimensions, [B, H, T, D], are needed")
+        if dtype != dtypes[0] or not dtype.is_floating_point:
+            raise TypeError(f"{name} is {dtype} and query {dtypes[0]}; all must be of one floating dtype")
+        if device != devices[0]:
+            raise ValueError(f"{name} is on {device}, and query on {devices[0]}")
+    query, key, value = sizes
+    B, H, _, D = query
+    batches, heads, S, _ = key
+    if of_batches:
+        batches = B
+    if key[0] != batches or key[3] != D:
+        raise ValueError(f"key has shape {tuple(key)}; it must be {(batches, heads, S, D)}")
+    if value[:3] != key[:3]:
+        raise ValueError(f"value has shape {tuple(value)}; it must be {(*key[:3], value[3])}")
+    if H % heads if heads else H:
+        raise ValueError(f"query has {H} heads; they must be a multiple of key's {heads}")
+
+
+# A model asks for the same sizes again and again. What is refused is not remembered.
+_check_sizes_once = lru_cache(4096)(_check_sizes)
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -11,7 +11,7 @@ from trilby.kernels.ops import NATIVE
 
 ROOT = Path(__file__).parents[2]
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-SANITIZE = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wno-psabi"]
+SANITIZE = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wno-psabi"]
 
 
 def flags(level: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
