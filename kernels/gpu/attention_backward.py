@@ -49,8 +49,8 @@ def attention_backward_rows_kernel(
     first_row = program % tiles * BLOCK_M
     head = program // tiles % head_count
     batch = (program // tiles // head_count).to(tl.int64)
-    grad_output_head = head_of(grad_output, batch, head, first_row, ALIGNMENT)
-    output_head = head_of(output, batch, head, first_row, ALIGNMENT)
+    grad_output_head = head_of(grad_output, batch, head, 0, ALIGNMENT)
+    output_head = head_of(output, batch, head, 0, ALIGNMENT)
     grad_tile = load_tokens(grad_output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
     output_tile = load_tokens(output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
     product = grad_tile.to(tl.float32) * output_tile.to(tl.float32)

@@ -47,7 +47,7 @@ def gather_from_queries(
     """Add what one tile of queries contributes; scores lie transposed, [BLOCK_N, BLOCK_M], ready to multiply."""
     BLOCK_N: tl.constexpr = key_tile.shape[0]
     query_tile = load_tokens(
-        head_of(query, sequence.query_batch, head, sequence.first_query + first_query, ALIGNMENT),
+        head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
         first_query, low, end, HEAD_DIM, BLOCK_M, key_tile.shape[1], MASKED, WIDE_OFFSETS,
     )  # fmt: skip
     plane = sequence.query_batch * heads + head
@@ -63,7 +63,7 @@ def gather_from_queries(
         row_delta = tl.load(delta + statistics)
     products = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     grad_output_tile = load_tokens(
-        head_of(grad_output, sequence.query_batch, head, sequence.first_query + first_query, ALIGNMENT),
+        head_of(grad_output, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
         first_query, low, end, VALUE_DIM, BLOCK_M, value_tile.shape[1], MASKED, WIDE_OFFSETS,
     )  # fmt: skip
     grad_products = tl.dot(value_tile, tl.trans(grad_output_tile), input_precision=PRECISION)
@@ -107,7 +107,7 @@ def attention_backward_key_value_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,12 +127,12 @@ def attention_backward_key_value_kernel(
     first_key = tile * BLOCK_N
     band = band_of(rule, sequence.queries, sequence.keys)
     key_tile = load_tokens(
-        head_of(key, sequence.key_batch, kv_head, sequence.first_key + first_key, ALIGNMENT),
+        head_of(key, sequence.key_batch, kv_head, sequence.first_key, ALIGNMENT),
         first_key, 0, sequence.keys, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE_OFFSETS,
     )  # fmt: skip
     key_tile = signed(key_tile, rule)
     value_tile = load_tokens(
-        head_of(value, sequence.key_batch, kv_head, sequence.first_key + first_key, ALIGNMENT),
+        head_of(value, sequence.key_batch, kv_head, sequence.first_key, ALIGNMENT),
         first_key, 0, sequence.keys, VALUE_DIM, BLOCK_N, BLOCK_DV, True, WIDE_OFFSETS,
     )  # fmt: skip
 
@@ -203,8 +203,9 @@ def attention_backward_key_value_call(
             "grad_value": grad_value,
             "k_tiles": k_tiles,
             "sequence_count": count,
-            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_m, inputs.forward.query, inputs.grad_output)
-            or needs_wide_offsets(tiles.block_n, inputs.forward.key, inputs.forward.value),
+            "WIDE_OFFSETS": needs_wide_offsets(
+                inputs.forward.query, inputs.forward.key, inputs.forward.value, inputs.grad_output
+            ),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

@@ -14,7 +14,7 @@ from .attention_score import GUARD_BLOCK, Rule, Scoring, band_of, has_nan, hides
 from .attention_sequence import Sequences, Stages, key_stages, sequence_of
 from .call import Call, needs_wide_offsets
 from .dropout import is_kept
-from .tile import Head, Heads, head_of, load_tokens, step, token_pointers
+from .tile import Head, Heads, head_of, load_tokens, token_pointers
 
 
 class QueryRows(NamedTuple):
@@ -52,8 +52,6 @@ def gather_from_keys(
     """Add what the keys first_key <= j < end_key contribute; only the MASKED stage looks at the window and the end."""
     BLOCK_D: tl.constexpr = rows.tile.shape[1]
     BLOCK_DV: tl.constexpr = rows.grad_output.shape[1]
-    key = step(key, first_key)
-    value = step(value, first_key)
     for start in tl.range(first_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         key_tile = load_tokens(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE_OFFSETS)
@@ -67,8 +65,6 @@ def gather_from_keys(
             products, grad_products, rows.queries, keys, rows.exponent, rows.delta, kept, rule, scoring, MASKED
         )
         grad_query_tile = weigh(grad_scores, scores, key_tile, grad_query_tile, GUARDED, PRECISION)
-        key = step(key, BLOCK_N)
-        value = step(value, BLOCK_N)
     return grad_query_tile
 
 
@@ -130,7 +126,7 @@ def attention_backward_query_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,11 +142,11 @@ def attention_backward_query_kernel(
     end_key = tl.where(first_query < sequence.queries, sequence.keys, 0)
     scoring = scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT)
     query_tile = load_tokens(
-        head_of(query, sequence.query_batch, head, sequence.first_query + first_query, ALIGNMENT),
+        head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
         first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE_OFFSETS,
     )  # fmt: skip
     grad_output_tile = load_tokens(
-        head_of(grad_output, sequence.query_batch, head, sequence.first_query + first_query, ALIGNMENT),
+        head_of(grad_output, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
         first_query, 0, sequence.queries, VALUE_DIM, BLOCK_M, BLOCK_DV, True, WIDE_OFFSETS,
     )  # fmt: skip
     queries = first_query + tl.arange(0, BLOCK_M)[:, None]
@@ -193,8 +189,9 @@ def attention_backward_query_call(inputs: BackwardInputs, grad_query: torch.Tens
             **inputs.arguments(tiles),
             "grad_query": grad_query,
             "q_tiles": q_tiles,
-            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_m, forward.query, inputs.grad_output)
-            or needs_wide_offsets(tiles.block_n, forward.key, forward.value),
+            "WIDE_OFFSETS": needs_wide_offsets(
+                forward.query, forward.key, forward.value, inputs.grad_output
+            ),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

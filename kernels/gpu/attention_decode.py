@@ -42,7 +42,7 @@ def attention_decode_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile of keys or values
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
     BLOCK_M: tl.constexpr,  # at least group * T
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,7 +150,7 @@ def attention_decode_calls(
             "splits": splits,
             "split_keys": tiles.split_keys,
             "split_rows": split_rows,
-            "WIDE_OFFSETS": needs_wide_offsets(tiles.attention.block_n, inputs.key, inputs.value),
+            "WIDE_OFFSETS": needs_wide_offsets(inputs.key, inputs.value),
         },
         options={"num_warps": tiles.attention.num_warps, "num_stages": tiles.attention.num_stages},
     )

@@ -21,13 +21,14 @@ from .attention_score import (
     exponentials,
     has_nan,
     hides,
+    least_max,
+    log2_unit,
     score,
     scoring_of,
     signed,
-    unit_of,
     weigh,
 )
-from .attention_sequence import Sequences, Stages, Tokens, key_stages, load_keys, sequence_of, skip, tokens_of
+from .attention_sequence import Sequences, Stages, Tokens, key_stages, load_keys, sequence_of, tokens_of
 from .call import Call, needs_wide_offsets
 from .dropout import is_kept
 from .tile import Heads, head_of, load_tokens, token_pointers
@@ -42,11 +43,21 @@ class Rows(NamedTuple):
     planes: tl.tensor  # its head, counted through the batch
 
 
+# Columns that the lanes of a warp hold of a row of a product, on every NVIDIA tensor core before Blackwell's.
+LANES = tl.constexpr(8)
+
+
+@triton.jit
+def sums_by_lane(tile: tl.tensor) -> tl.tensor:
+    """Sums of every LANES-th column, [M, N] to [M, LANES]: lanes exchange nothing until the loop is over."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // LANES, LANES]), 1)
+
+
 @triton.jit
 def attend(
     accumulator: tl.tensor,  # [BLOCK_M, BLOCK_DV] float32, sum of exp(score - row_max) * value
-    row_max: tl.tensor,  # [BLOCK_M] float32, in units of `unit_of`
-    row_sum: tl.tensor,  # [BLOCK_M] float32, sum of exp(score - row_max)
+    row_max: tl.tensor,  # [BLOCK_M] float32, in units of 1 / `log2_unit`
+    row_sum: tl.tensor,  # [BLOCK_M, LANES] float32, which add up to the sum of exp(score - row_max)
     rows: Rows,
     key: Tokens,
     value: Tokens,
@@ -67,19 +78,15 @@ def attend(
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Attend to the keys first_key <= j < end_key; only the MASKED stage looks at the window and the end."""
-    key = skip(key, first_key)
-    value = skip(value, first_key)
     for start in tl.range(first_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         key_tile = load_keys(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE_OFFSETS)
         products = tl.dot(rows.tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         scores, _ = score(products, rows.queries, keys, scoring, MASKED)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen only -inf keeps probabilities of 0 where -inf - -inf would be NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probabilities = exponentials(scores, shift[:, None], scoring)
-        decay = exponentials(row_max, shift, scoring)
-        row_sum = row_sum * decay + tl.sum(probabilities, 1)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * log2_unit(scoring))
+        probabilities = exponentials(scores, new_max[:, None], scoring, False)
+        decay = exponentials(row_max, new_max, scoring, True)
+        row_sum = row_sum * decay[:, None] + sums_by_lane(probabilities)
         if rule.seed is not None:
             kept = is_kept(rule.seed, rows.planes, rows.positions, start, rule.dropout_threshold, BLOCK_N)
             probabilities = tl.where(kept, probabilities, 0.0)
@@ -87,8 +94,6 @@ def attend(
         accumulator = accumulator * decay[:, None]
         accumulator = weigh(probabilities, scores, value_tile, accumulator, GUARDED, PRECISION)
         row_max = new_max
-        key = skip(key, BLOCK_N)
-        value = skip(value, BLOCK_N)
     return accumulator, row_max, row_sum
 
 
@@ -113,8 +118,8 @@ def attend_in_stages(
     """The output [BLOCK_M, BLOCK_DV] and logsumexp [BLOCK_M] of rows."""
     LN_2: tl.constexpr = 0.6931471805599453
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], least_max(scoring), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M, LANES], dtype=tl.float32)
     if GUARDED:
         masked_first = stages.first  # which is rare enough for one loop
     else:
@@ -135,11 +140,17 @@ def attend_in_stages(
         masked_first, stages.end, stages.low, stages.end, rule, scoring,
         HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, GUARDED, WIDE_OFFSETS, PRECISION,
     )  # fmt: skip
+    row_sum = tl.sum(row_sum, 1)
     is_empty = row_sum == 0.0
     output = accumulator / tl.where(is_empty, 1.0, row_sum)[:, None]
     if rule.seed is not None:
         output *= rule.dropout_scale
-    logsumexp = tl.where(is_empty, float("-inf"), row_max * unit_of(scoring) + tl.log2(row_sum) * LN_2)
+    natural = tl.log2(row_sum) * LN_2
+    if scoring.mask is not None:
+        natural += row_max
+    else:
+        natural += row_max * LN_2
+    logsumexp = tl.where(is_empty, float("-inf"), natural)
     return output, logsumexp
 
 
@@ -199,7 +210,7 @@ def attention_forward_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -215,7 +226,7 @@ def attention_forward_kernel(
     end_key = tl.where(first_query < sequence.queries, sequence.keys, 0)
     scoring = scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT)
     query_tile = load_tokens(
-        head_of(query, sequence.query_batch, head, sequence.first_query + first_query, ALIGNMENT),
+        head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
         first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE_OFFSETS,
     )  # fmt: skip
     queries = first_query + tl.arange(0, BLOCK_M)[:, None]
@@ -255,8 +266,7 @@ def attention_forward_call(
             "output": output,
             "logsumexp": logsumexp,
             "q_tiles": q_tiles,
-            "WIDE_OFFSETS": needs_wide_offsets(tiles.block_m, inputs.query)
-            or needs_wide_offsets(tiles.block_n, inputs.key, inputs.value),
+            "WIDE_OFFSETS": needs_wide_offsets(inputs.query, inputs.key, inputs.value),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

@@ -175,15 +175,35 @@ def is_seen(queries: tl.tensor, keys: tl.tensor, band: Band) -> tl.tensor:
 
 
 @triton.jit
-def exponentials(scores: tl.tensor, shift: tl.tensor, scoring: Scoring) -> tl.tensor:
-    """exp(unit * (scores - shift)), of scores as `score` returns them and their maximum."""
+def log2_unit(scoring: Scoring) -> tl.tensor:
+    """What scores are multiplied by when they become exponents of 2.
+
+    But for what a mask adds, which may be the least float32 there is: multiplied, it would be infinite.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    unit = unit_of(scoring) * LOG2_E
+    unit = 1.0
+    if scoring.mask is None:
+        unit = unit_of(scoring) * LOG2_E
+    return unit
+
+
+@triton.jit
+def least_max(scoring: Scoring) -> tl.constexpr:
+    """The maximum of no scores. A finite one keeps probabilities 0 where all are -inf, and -inf - -inf would be NaN."""
+    return float("-inf") if scoring.mask is not None else -3.4028234663852886e38
+
+
+@triton.jit
+def exponentials(scores: tl.tensor, row_max: tl.tensor, scoring: Scoring, SCALED: tl.constexpr) -> tl.tensor:
+    """exp(scores - maximum), of a maximum in units of 1 / `log2_unit` and scores as `score` returns them, or SCALED."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
     if scoring.mask is not None:
-        # What a mask adds may be the least float32 there is: multiplied, it would be infinite.
-        exponentials = tl.exp2((scores - shift) * unit)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+        exponentials = tl.exp2((scores - shift) * LOG2_E)
+    elif SCALED:
+        exponentials = tl.exp2(scores - row_max)
     else:
-        exponentials = tl.exp2(scores * unit - shift * unit)
+        exponentials = tl.exp2(scores * log2_unit(scoring) - row_max)
     return exponentials
 
 

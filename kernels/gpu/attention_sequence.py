@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .attention_score import Band
-from .tile import Head, Heads, head_of, load_tile, load_tokens, step, stride_of
+from .tile import Head, Heads, head_of, load_tile, load_tokens, stride_of
 
 
 class Pages(NamedTuple):
@@ -87,7 +87,7 @@ def sequence_of_slot(
 class Tokens(NamedTuple):
     """One head of the keys or values of a sequence."""
 
-    head: Head  # from a tile's first key on; paged: page 0 of the cache
+    head: Head  # paged: page 0 of the cache
     stride_page: tl.tensor | None  # elements from one page to the next
     table: tl.tensor | None  # the pages of the sequence
     table_stride: tl.tensor | None
@@ -116,15 +116,6 @@ def tokens_of(
 
 
 @triton.jit
-def skip(tokens: Tokens, count: tl.tensor) -> Tokens:
-    """The keys or values from so many later on; pages are found anew for every tile."""
-    head = tokens.head
-    if tokens.table is None:
-        head = step(head, count)
-    return Tokens(head, tokens.stride_page, tokens.table, tokens.table_stride, tokens.page_size)
-
-
-@triton.jit
 def load_keys(
     tokens: Tokens,
     first: tl.tensor,
@@ -136,7 +127,7 @@ def load_keys(
     MASKED: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
 ) -> tl.tensor:
-    """Keys or values first ... first + BLOCK - 1, from where `skip` left off; every one by its page if paged."""
+    """Keys or values first ... first + BLOCK - 1; every one by its page if paged."""
     if tokens.table is None:
         tile = load_tokens(tokens.head, first, low, end, DIM, BLOCK, BLOCK_DIM, MASKED, WIDE_OFFSETS)
     else:

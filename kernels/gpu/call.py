@@ -66,15 +66,13 @@ def alignment_of(*tensors: torch.Tensor) -> int:
     return elements if is_aligned else 1
 
 
-def needs_wide_offsets(rows: int, *tensors: torch.Tensor) -> bool:
-    """Whether the offset of some element in a tile of `rows` rows of some tensor does not fit into 32 bits.
+def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
+    """Whether the bytes from a token to the next, in some tensor [B, H, T, D], do not fit into 32 bits.
 
-    A program's own address is always computed in 64 bits. Inside a tile, 32 bits nearly always do, and save a
-    register for every 16 bytes loaded: on sm_90 at head dim 256 the difference between spilling and not.
+    They nearly always do, and then an address is one instruction (`tile.load_tokens`). Where a head begins, and where a
+    token lies in it, is always computed in 64 bits.
     """
-    return any(
-        (rows - 1) * tensor.stride(-2) + (tensor.shape[-1] - 1) * tensor.stride(-1) >= 2**31 for tensor in tensors
-    )
+    return any(tensor.stride(-2) * tensor.element_size() >= 2**32 for tensor in tensors)
 
 
 def padded(head_dim: int) -> int:

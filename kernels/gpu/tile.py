@@ -48,12 +48,6 @@ def head_of(heads: Heads, batch: tl.tensor, head: tl.tensor, first: tl.tensor, A
 
 
 @triton.jit
-def step(head: Head, tokens: tl.tensor) -> Head:
-    """The head from so many tokens on."""
-    return Head(head.pointer + tokens * head.stride_t, head.stride_t, head.stride_d)
-
-
-@triton.jit
 def load_tile(
     pointers: tl.tensor,  # [rows, columns]
     row_mask: tl.tensor,  # [rows, 1]
@@ -75,7 +69,7 @@ def load_tile(
 
 @triton.jit
 def load_tokens(
-    head: Head,  # from token `first` on
+    head: Head,  # from token 0 on
     first: tl.tensor,
     low: tl.tensor,
     end: tl.tensor,
@@ -83,16 +77,25 @@ def load_tokens(
     BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     MASKED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the offsets inside a tile
+    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
 ) -> tl.tensor:
-    """BLOCK tokens of a head, [BLOCK, BLOCK_DIM]; if MASKED, only those with low <= number < end are read."""
-    tokens = tl.arange(0, BLOCK)[:, None]
+    """Tokens first ... first + BLOCK - 1, [BLOCK, BLOCK_DIM]; if MASKED, only those with low <= number < end are read.
+
+    An address is the product of two numbers of 32 bits, a token and its stride in bytes, added to the head's: one
+    instruction, and one register for each row that a thread loads, whereas pointers that move take four.
+    """
+    ITEMSIZE: tl.constexpr = head.pointer.dtype.element_ty.primitive_bitwidth // 8
+    numbers = tl.arange(0, BLOCK)[:, None]
     dims = tl.arange(0, BLOCK_DIM)[None, :]
-    offsets = tokens * head.stride_t + dims * head.stride_d
+    row_mask = (first + numbers >= low) & (first + numbers < end)
+    # The compiler must not see that `tokens` grows evenly: it would keep 64 bits for each row that a thread loads.
+    tokens = (tl.minimum(first, end) + numbers).to(tl.uint32).to(tl.int64)
+    stride = head.stride_t * ITEMSIZE
     if not WIDE_OFFSETS:
-        offsets = offsets.to(tl.int32)
-    row_mask = (first + tokens >= low) & (first + tokens < end)
-    return load_tile(head.pointer + offsets, row_mask, dims < DIM, MASKED, BLOCK_DIM != DIM)
+        stride = stride.to(tl.uint32).to(tl.int64)
+    rows = head.pointer.to(tl.pointer_type(tl.int8)) + tokens * stride
+    pointers = rows.to(head.pointer.dtype) + dims * head.stride_d
+    return load_tile(pointers, row_mask, dims < DIM, MASKED, BLOCK_DIM != DIM)
 
 
 @triton.jit

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
         ("the mask is one key late", "score", "queries + band.last + 1", "queries + band.last + 2"),
         ("the mask is one key early", "score", "queries + band.last + 1", "queries + band.last"),
         ("the end is not masked", "score", "    end = band.keys\n", "    end = band.keys + 999\n"),
-        ("the sum does not decay", "forward", "row_sum = row_sum * decay", "row_sum = row_sum"),
+        ("the sum does not decay", "forward", "row_sum * decay[:, None]", "row_sum"),
         ("the last key is left out", "sequence", "end = end_key\n    full_end", "end = end_key - 1\n    full_end"),
     ],
 )
