@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,47 @@ from .attention_score import Band, Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequence, Sequences, query_stages, sequence_of, sequence_of_slot
 from .call import Call, needs_wide_offsets
 from .dropout import is_kept
-from .tile import Heads, head_of, load_tokens, token_pointers
+from .tile import Head, Heads, head_of, load_tokens, stride_of, token_pointers
+
+
+class QueryTile(NamedTuple):
+    """Which tile of queries is next, of which head."""
+
+    first: tl.tensor  # its first query
+    query: Head
+    grad_output: Head
+    statistics: tl.tensor  # of the sequence's query 0, in [B, H, T]
+    plane: tl.tensor  # the head, counted through the batch
+
+
+class Walk(NamedTuple):
+    """The tiles of queries that a program meets, and then those of the next head of the group."""
+
+    begin: tl.tensor
+    gap: tl.tensor  # where the masked tiles in front end, and
+    gap_end: tl.tensor  # those behind begin
+    end: tl.tensor
+    query_stride: tl.tensor  # elements from a head to the next
+    grad_output_stride: tl.tensor
+    q_len: tl.tensor
+
+
+@triton.jit
+def after(tile: QueryTile, walk: Walk, BLOCK_M: tl.constexpr) -> QueryTile:
+    """The next one. Counted, not divided: a division takes twenty instructions."""
+    first = tile.first + BLOCK_M
+    first = tl.where(first == walk.gap, walk.gap_end, first)
+    is_last = first >= walk.end
+    first = tl.where(is_last, walk.begin, first)
+    query = tile.query.pointer + tl.where(is_last, walk.query_stride, 0)
+    grad_output = tile.grad_output.pointer + tl.where(is_last, walk.grad_output_stride, 0)
+    return QueryTile(
+        first,
+        Head(query, tile.query.stride_t, tile.query.stride_d),
+        Head(grad_output, tile.grad_output.stride_t, tile.grad_output.stride_d),
+        tile.statistics + tl.where(is_last, walk.q_len, 0),
+        tile.plane + is_last.to(tl.int32),
+    )
 
 
 @triton.jit
@@ -21,23 +63,18 @@ def gather_from_queries(
     grad_value_tile: tl.tensor,  # [BLOCK_N, BLOCK_DV] float32
     key_tile: tl.tensor,  # [BLOCK_N, BLOCK_D]
     value_tile: tl.tensor,  # [BLOCK_N, BLOCK_DV]
-    query: Heads,
-    grad_output: Heads,
+    tile: QueryTile,
     exponent: tl.tensor,
     delta: tl.tensor,
-    head: tl.tensor,
-    heads: tl.tensor,
-    q_len: tl.tensor,
-    first_query: tl.tensor,
     low: tl.tensor,  # the MASKED stage reads queries low <= i < end
     end: tl.tensor,
     first_key: tl.tensor,
     sequence: Sequence,
     rule: Rule,
     band: Band,
+    heads: tl.tensor,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     MASK_ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
@@ -47,31 +84,28 @@ def gather_from_queries(
     """Add what one tile of queries contributes; scores lie transposed, [BLOCK_N, BLOCK_M], ready to multiply."""
     BLOCK_N: tl.constexpr = key_tile.shape[0]
     query_tile = load_tokens(
-        head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
-        first_query, low, end, HEAD_DIM, BLOCK_M, key_tile.shape[1], MASKED, WIDE_OFFSETS,
-    )  # fmt: skip
-    plane = sequence.query_batch * heads + head
-    queries = first_query + tl.arange(0, BLOCK_M)[None, :]
-    statistics = plane * q_len + sequence.first_query + queries
+        tile.query, tile.first, low, end, HEAD_DIM, BLOCK_M, key_tile.shape[1], MASKED, WIDE_OFFSETS
+    )
+    queries = tile.first + tl.arange(0, BLOCK_M)[None, :]
     if MASKED:
         # An infinite exponent makes the probabilities of rows past the end 0.
         counts = (queries >= low) & (queries < end)
-        row_exponent = tl.load(exponent + statistics, mask=counts, other=float("inf"))
-        row_delta = tl.load(delta + statistics, mask=counts, other=0.0)
+        row_exponent = tl.load(exponent + tile.statistics + queries, mask=counts, other=float("inf"))
+        row_delta = tl.load(delta + tile.statistics + queries, mask=counts, other=0.0)
     else:
-        row_exponent = tl.load(exponent + statistics)
-        row_delta = tl.load(delta + statistics)
+        row_exponent = tl.load(exponent + tile.statistics + queries)
+        row_delta = tl.load(delta + tile.statistics + queries)
     products = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     grad_output_tile = load_tokens(
-        head_of(grad_output, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
-        first_query, low, end, VALUE_DIM, BLOCK_M, value_tile.shape[1], MASKED, WIDE_OFFSETS,
-    )  # fmt: skip
+        tile.grad_output, tile.first, low, end, VALUE_DIM, BLOCK_M, value_tile.shape[1], MASKED, WIDE_OFFSETS
+    )
     grad_products = tl.dot(value_tile, tl.trans(grad_output_tile), input_precision=PRECISION)
     kept = None
     if rule.seed is not None:
-        positions = sequence.first_query + first_query + tl.arange(0, BLOCK_M)[:, None]
-        kept = tl.trans(is_kept(rule.seed, plane, positions, first_key, rule.dropout_threshold, BLOCK_N))
+        positions = sequence.first_query + tile.first + tl.arange(0, BLOCK_M)[:, None]
+        kept = tl.trans(is_kept(rule.seed, tile.plane, positions, first_key, rule.dropout_threshold, BLOCK_N))
     keys = first_key + tl.arange(0, BLOCK_N)[:, None]
+    head = tile.plane % heads
     weights, _, grad_scores = gradient_of_scores(
         products, grad_products, queries, keys, row_exponent, row_delta, kept, rule,
         scoring_of(rule, sequence.number, head, band, MASK_ALIGNMENT), MASKED,
@@ -144,26 +178,33 @@ def attention_backward_key_value_kernel(
     full_tiles = (stages.full_end - stages.full_first) // BLOCK_M
     grad_key_tile = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     grad_value_tile = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
+    head = kv_head * group
+    plane = sequence.query_batch * heads + head
+    query_head = head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT)
+    grad_output_head = head_of(grad_output, sequence.query_batch, head, sequence.first_query, ALIGNMENT)
+    query_stride = stride_of(query.stride_h, ALIGNMENT)
+    grad_output_stride = stride_of(grad_output.stride_h, ALIGNMENT)
+    statistics = plane * q_len + sequence.first_query
     # One loop over the tiles of every head of the group: nested loops cost registers.
-    for index in tl.range(0, group * masked_tiles):
-        masked = index % masked_tiles
-        first_query = tl.where(
-            masked < front, stages.first + masked * BLOCK_M, stages.full_end + (masked - front) * BLOCK_M
-        )
+    begin = tl.where(front > 0, stages.first, stages.full_end)
+    walk = Walk(begin, stages.full_first, stages.full_end, stages.end, query_stride, grad_output_stride, q_len)
+    tile = QueryTile(begin, query_head, grad_output_head, statistics, plane)
+    for _ in tl.range(0, group * masked_tiles):
         grad_key_tile, grad_value_tile = gather_from_queries(
-            grad_key_tile, grad_value_tile, key_tile, value_tile, query, grad_output, exponent, delta,
-            kv_head * group + index // masked_tiles, heads, q_len, first_query, stages.low, stages.end,
-            first_key, sequence, rule, band,
-            HEAD_DIM, VALUE_DIM, ALIGNMENT, MASK_ALIGNMENT, BLOCK_M, True, WIDE_OFFSETS, PRECISION,
+            grad_key_tile, grad_value_tile, key_tile, value_tile, tile, exponent, delta, stages.low, stages.end,
+            first_key, sequence, rule, band, heads,
+            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, True, WIDE_OFFSETS, PRECISION,
         )  # fmt: skip
-    for index in tl.range(0, group * full_tiles):
+        tile = after(tile, walk, BLOCK_M)
+    walk = Walk(stages.full_first, -1, -1, stages.full_end, query_stride, grad_output_stride, q_len)
+    tile = QueryTile(stages.full_first, query_head, grad_output_head, statistics, plane)
+    for _ in tl.range(0, group * full_tiles):
         grad_key_tile, grad_value_tile = gather_from_queries(
-            grad_key_tile, grad_value_tile, key_tile, value_tile, query, grad_output, exponent, delta,
-            kv_head * group + index // full_tiles, heads, q_len,
-            stages.full_first + index % full_tiles * BLOCK_M, stages.low, stages.end,
-            first_key, sequence, rule, band,
-            HEAD_DIM, VALUE_DIM, ALIGNMENT, MASK_ALIGNMENT, BLOCK_M, False, WIDE_OFFSETS, PRECISION,
+            grad_key_tile, grad_value_tile, key_tile, value_tile, tile, exponent, delta, stages.low, stages.end,
+            first_key, sequence, rule, band, heads,
+            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, False, WIDE_OFFSETS, PRECISION,
         )  # fmt: skip
+        tile = after(tile, walk, BLOCK_M)
     if rule.seed is not None:
         grad_value_tile *= rule.dropout_scale
 
