@@ -147,6 +147,7 @@ def attention_backward_key_value_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    PREFETCH_MASKED: tl.constexpr,
 ) -> None:
     """The gradients of BLOCK_N keys and values of one key head, from every query of every head that reads them."""
     kv_heads = heads // group
@@ -189,7 +190,8 @@ def attention_backward_key_value_kernel(
     begin = tl.where(front > 0, stages.first, stages.full_end)
     walk = Walk(begin, stages.full_first, stages.full_end, stages.end, query_stride, grad_output_stride, q_len)
     tile = QueryTile(begin, query_head, grad_output_head, statistics, plane)
-    for _ in tl.range(0, group * masked_tiles):
+    MASKED_STAGES: tl.constexpr = None if PREFETCH_MASKED else 1
+    for _ in tl.range(0, group * masked_tiles, num_stages=MASKED_STAGES):
         grad_key_tile, grad_value_tile = gather_from_queries(
             grad_key_tile, grad_value_tile, key_tile, value_tile, tile, exponent, delta, stages.low, stages.end,
             first_key, sequence, rule, band, heads,
@@ -244,6 +246,7 @@ def attention_backward_key_value_call(
             "grad_value": grad_value,
             "k_tiles": k_tiles,
             "sequence_count": count,
+            "PREFETCH_MASKED": tiles.prefetch_masked,
             "WIDE_OFFSETS": needs_wide_offsets(
                 inputs.forward.query, inputs.forward.key, inputs.forward.value, inputs.grad_output
             ),

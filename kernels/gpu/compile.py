@@ -40,6 +40,10 @@ MATRIX_INSTRUCTION = {
 }
 
 
+# Bytes of the largest global access there is.
+WIDE = 16
+
+
 @dataclass(frozen=True)
 class Compilation:
     """What a compiler made of one launch for one target."""
@@ -52,6 +56,7 @@ class Compilation:
     scalar_dots: int  # matrix products that the compiler did not give to tensor cores
     wide_accesses: int  # global loads and stores of 16 bytes
     narrow_accesses: int  # global loads and stores of fewer
+    wide_share: float  # of the bytes of all of them, those that move 16 at once
     assembly: str  # the machine code's text: SASS, or AMD's assembly
 
     def __str__(self) -> str:
@@ -139,7 +144,8 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
     numbers = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     # Triton waits for its asynchronous copies through LDGDEPBAR: they are loads as well.
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\S*", assembly)
-    wide = sum(".128" in access for access in accesses)
+    sizes = [_sass_bytes(access) for access in accesses]
+    wide = sizes.count(WIDE)
     return Compilation(
         registers=numbers["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
@@ -149,6 +155,7 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=wide,
         narrow_accesses=len(accesses) - wide,
+        wide_share=wide * WIDE / max(sum(sizes), 1),
         assembly=assembly,
     )
 
@@ -161,7 +168,8 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         return int(found.group(1)) if found else 0
 
     accesses = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)", assembly)
-    wide = sum(access.endswith(("dwordx4", "b128")) for access in accesses)
+    sizes = [_amd_bytes(access) for access in accesses]
+    wide = sizes.count(WIDE)
     return Compilation(
         registers=number("vgpr_count"),
         spills=number("vgpr_spill_count"),
@@ -171,8 +179,25 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=wide,
         narrow_accesses=len(accesses) - wide,
+        wide_share=wide * WIDE / max(sum(sizes), 1),
         assembly=assembly,
     )
+
+
+def _sass_bytes(access: str) -> int:
+    """What a thread moves with LDG, STG or LDGSTS: the last of .U8, .S8, .U16, .64, .128; 4 where none is said."""
+    found = re.search(r"\.[US]?(8|16|64|128)\b", access)
+    return int(found.group(1)) // 8 if found else 4
+
+
+def _amd_bytes(access: str) -> int:
+    """What a lane moves: dwordx4, b128, ushort, d16_b16, u8, …."""
+    if found := re.search(r"dword(?:x(\d))?", access):
+        return 4 * int(found.group(1) or 1)
+    if "short" in access or "byte" in access:
+        return 2 if "short" in access else 1
+    found = re.findall(r"[biu](\d+)", access)
+    return int(found[-1]) // 8 if found else 4
 
 
 def _output_of(*command: str) -> str:

@@ -18,6 +18,7 @@ OUTCOME = Compilation(
     matrix_instructions=0,
     scalar_dots=0,
     wide_accesses=2,
+    wide_share=0.9,
     narrow_accesses=0,
     assembly="LDG",
 )
