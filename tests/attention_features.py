@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from attention_case import gradients
+from tolerance import assert_as_exact_as
 from torch import Tensor
 from trilby.kernels import reference
 from trilby.kernels.options import AttentionOptions
 from trilby.kernels.reference.attention import visible
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+RESULTS = "output", "logsumexp", "grad_query", "grad_key", "grad_value"
 
 
 @dataclass(frozen=True)
@@ -178,3 +181,32 @@ def written_out(inputs: Inputs, call: Call, options: AttentionOptions) -> Tensor
         mask = options.mask.masked_fill(~mask, -torch.inf)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(*inputs, mask, scale=options.scale, enable_gqa=True)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A call, and what its results, in the order of `RESULTS`, are judged by, whichever kernels compute them."""
+
+    inputs: Inputs
+    options: AttentionOptions
+    grad_output: Tensor
+    truth: tuple[Tensor, ...]
+    rival: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, call: Call, dtype: torch.dtype) -> "Judged":
+        """A call with random inputs."""
+        inputs, options = call.inputs(dtype), call.ask(call, dtype)
+        grad_output = torch.randn(call.B, call.H, call.T, call.Dv).to(dtype)
+        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+        output, logsumexp = reference.attention(*exact, *options)
+        truth = output, logsumexp, *gradients(output, exact, grad_output)
+        theirs = written_out(inputs, call, options)
+        rounded = reference.attention(*(tensor.detach().float() for tensor in inputs), *options)[1]
+        rival = theirs, rounded, *gradients(theirs, inputs, grad_output)
+        return cls(inputs, options, grad_output, truth, rival)
+
+    def judge(self, *results: Tensor) -> None:
+        """Of the results that are given each must obey the rule of `tolerance`."""
+        for name, mine, rival, truth in zip(RESULTS, results, self.rival, self.truth):
+            assert_as_exact_as(mine, rival, truth, name)

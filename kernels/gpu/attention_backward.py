@@ -17,7 +17,7 @@ import triton.language as tl
 from .attention_inputs import AttentionInputs
 from .attention_launch import AttentionTiles, RowTiles
 from .attention_score import Rule, Scoring, probabilities_of, score, where_seen
-from .call import Call, alignment_of, heads, padded
+from .call import Call, addresses, alignment_of, heads, padded
 from .tile import Heads, head_of, load_tokens
 
 LOG2_E = 1.4426950408889634
@@ -51,8 +51,8 @@ def attention_backward_rows_kernel(
     batch = (program // tiles // head_count).to(tl.int64)
     grad_output_head = head_of(grad_output, batch, head, 0, ALIGNMENT)
     output_head = head_of(output, batch, head, 0, ALIGNMENT)
-    grad_tile = load_tokens(grad_output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
-    output_tile = load_tokens(output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, True)
+    grad_tile = load_tokens(grad_output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, "wide")
+    output_tile = load_tokens(output_head, first_row, 0, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV, True, "wide")
     product = grad_tile.to(tl.float32) * output_tile.to(tl.float32)
     rows = first_row + tl.arange(0, BLOCK_M)
     statistics = (batch * head_count + head) * q_len + rows
@@ -96,13 +96,18 @@ class BackwardInputs:
     delta: torch.Tensor
 
     def arguments(self, tiles: AttentionTiles) -> dict[str, Any]:
-        """The arguments that both kernels have, but for what tells whether offsets are wide."""
+        """The arguments that both kernels have."""
         forward = self.forward
         return {
             **forward.arguments(tiles),
             "grad_output": heads(self.grad_output),
             "exponent": self.exponent,
             "delta": self.delta,
+            "ADDRESSES": addresses(
+                tiles.products,
+                *((tiles.block_m, tensor) for tensor in (forward.query, self.grad_output)),
+                *((tiles.block_n, tensor) for tensor in (forward.key, forward.value)),
+            ),
             "ALIGNMENT": alignment_of(self.grad_output, forward.query, forward.key, forward.value),
         }
 

@@ -12,7 +12,7 @@ from .attention_backward import BackwardInputs, gradient_of_scores
 from .attention_launch import AttentionTiles
 from .attention_score import Band, Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequence, Sequences, query_stages, sequence_of, sequence_of_slot
-from .call import Call, needs_wide_offsets
+from .call import Call
 from .dropout import is_kept
 from .tile import Head, Heads, head_of, load_tokens, stride_of, token_pointers
 
@@ -78,14 +78,12 @@ def gather_from_queries(
     MASK_ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Add what one tile of queries contributes; scores lie transposed, [BLOCK_N, BLOCK_M], ready to multiply."""
     BLOCK_N: tl.constexpr = key_tile.shape[0]
-    query_tile = load_tokens(
-        tile.query, tile.first, low, end, HEAD_DIM, BLOCK_M, key_tile.shape[1], MASKED, WIDE_OFFSETS
-    )
+    query_tile = load_tokens(tile.query, tile.first, low, end, HEAD_DIM, BLOCK_M, key_tile.shape[1], MASKED, ADDRESSES)
     queries = tile.first + tl.arange(0, BLOCK_M)[None, :]
     if MASKED:
         # An infinite exponent makes the probabilities of rows past the end 0.
@@ -97,7 +95,7 @@ def gather_from_queries(
         row_delta = tl.load(delta + tile.statistics + queries)
     products = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     grad_output_tile = load_tokens(
-        tile.grad_output, tile.first, low, end, VALUE_DIM, BLOCK_M, value_tile.shape[1], MASKED, WIDE_OFFSETS
+        tile.grad_output, tile.first, low, end, VALUE_DIM, BLOCK_M, value_tile.shape[1], MASKED, ADDRESSES
     )
     grad_products = tl.dot(value_tile, tl.trans(grad_output_tile), input_precision=PRECISION)
     kept = None
@@ -141,7 +139,7 @@ def attention_backward_key_value_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,12 +161,12 @@ def attention_backward_key_value_kernel(
     band = band_of(rule, sequence.queries, sequence.keys)
     key_tile = load_tokens(
         head_of(key, sequence.key_batch, kv_head, sequence.first_key, ALIGNMENT),
-        first_key, 0, sequence.keys, HEAD_DIM, BLOCK_N, BLOCK_D, True, WIDE_OFFSETS,
+        first_key, 0, sequence.keys, HEAD_DIM, BLOCK_N, BLOCK_D, True, ADDRESSES,
     )  # fmt: skip
     key_tile = signed(key_tile, rule)
     value_tile = load_tokens(
         head_of(value, sequence.key_batch, kv_head, sequence.first_key, ALIGNMENT),
-        first_key, 0, sequence.keys, VALUE_DIM, BLOCK_N, BLOCK_DV, True, WIDE_OFFSETS,
+        first_key, 0, sequence.keys, VALUE_DIM, BLOCK_N, BLOCK_DV, True, ADDRESSES,
     )  # fmt: skip
 
     # Queries in tiles: those on the edges of the window and at the end are masked, the rest lies between.
@@ -195,7 +193,7 @@ def attention_backward_key_value_kernel(
         grad_key_tile, grad_value_tile = gather_from_queries(
             grad_key_tile, grad_value_tile, key_tile, value_tile, tile, exponent, delta, stages.low, stages.end,
             first_key, sequence, rule, band, heads,
-            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, True, WIDE_OFFSETS, PRECISION,
+            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, True, ADDRESSES, PRECISION,
         )  # fmt: skip
         tile = after(tile, walk, BLOCK_M)
     walk = Walk(stages.full_first, -1, -1, stages.full_end, query_stride, grad_output_stride, q_len)
@@ -204,7 +202,7 @@ def attention_backward_key_value_kernel(
         grad_key_tile, grad_value_tile = gather_from_queries(
             grad_key_tile, grad_value_tile, key_tile, value_tile, tile, exponent, delta, stages.low, stages.end,
             first_key, sequence, rule, band, heads,
-            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, False, WIDE_OFFSETS, PRECISION,
+            HEAD_DIM, VALUE_DIM, MASK_ALIGNMENT, BLOCK_M, False, ADDRESSES, PRECISION,
         )  # fmt: skip
         tile = after(tile, walk, BLOCK_M)
     if rule.seed is not None:
@@ -247,9 +245,6 @@ def attention_backward_key_value_call(
             "k_tiles": k_tiles,
             "sequence_count": count,
             "PREFETCH_MASKED": tiles.prefetch_masked,
-            "WIDE_OFFSETS": needs_wide_offsets(
-                inputs.forward.query, inputs.forward.key, inputs.forward.value, inputs.grad_output
-            ),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

@@ -12,7 +12,7 @@ from .attention_backward import BackwardInputs, gradient_of_scores
 from .attention_launch import AttentionTiles
 from .attention_score import GUARD_BLOCK, Rule, Scoring, band_of, has_nan, hides, scoring_of, signed, weigh
 from .attention_sequence import Sequences, Stages, key_stages, sequence_of
-from .call import Call, needs_wide_offsets
+from .call import Call
 from .dropout import is_kept
 from .tile import Head, Heads, head_of, load_tokens, token_pointers
 
@@ -46,7 +46,7 @@ def gather_from_keys(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Add what the keys first_key <= j < end_key contribute; only the MASKED stage looks at the window and the end."""
@@ -54,8 +54,8 @@ def gather_from_keys(
     BLOCK_DV: tl.constexpr = rows.grad_output.shape[1]
     for start in tl.range(first_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        key_tile = load_tokens(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE_OFFSETS)
-        value_tile = load_tokens(value, start, low, end, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED, WIDE_OFFSETS)
+        key_tile = load_tokens(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, ADDRESSES)
+        value_tile = load_tokens(value, start, low, end, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED, ADDRESSES)
         products = tl.dot(rows.tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         grad_products = tl.dot(rows.grad_output, tl.trans(value_tile), input_precision=PRECISION)
         kept = None
@@ -80,7 +80,7 @@ def gather_in_stages(
     VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GUARDED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """The gradient of the rows [BLOCK_M, BLOCK_D], but for the scale."""
@@ -92,15 +92,15 @@ def gather_in_stages(
         if scoring.band.first is not None:
             grad_query_tile = gather_from_keys(
                 grad_query_tile, rows, key, value, stages.first, stages.full_first, stages.low, stages.end,
-                rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, True, False, WIDE_OFFSETS, PRECISION,
+                rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, True, False, ADDRESSES, PRECISION,
             )  # fmt: skip
         grad_query_tile = gather_from_keys(
             grad_query_tile, rows, key, value, stages.full_first, stages.full_end, stages.low, stages.end,
-            rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, False, False, WIDE_OFFSETS, PRECISION,
+            rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, False, False, ADDRESSES, PRECISION,
         )  # fmt: skip
     return gather_from_keys(
         grad_query_tile, rows, key, value, masked_first, stages.end, stages.low, stages.end,
-        rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, True, GUARDED, WIDE_OFFSETS, PRECISION,
+        rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, True, GUARDED, ADDRESSES, PRECISION,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def attention_backward_query_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -143,11 +143,11 @@ def attention_backward_query_kernel(
     scoring = scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT)
     query_tile = load_tokens(
         head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
-        first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE_OFFSETS,
+        first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, ADDRESSES,
     )  # fmt: skip
     grad_output_tile = load_tokens(
         head_of(grad_output, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
-        first_query, 0, sequence.queries, VALUE_DIM, BLOCK_M, BLOCK_DV, True, WIDE_OFFSETS,
+        first_query, 0, sequence.queries, VALUE_DIM, BLOCK_M, BLOCK_DV, True, ADDRESSES,
     )  # fmt: skip
     queries = first_query + tl.arange(0, BLOCK_M)[:, None]
     row_mask = queries < sequence.queries
@@ -162,13 +162,13 @@ def attention_backward_query_kernel(
     stages = key_stages(first_query, last_query, 0, end_key, scoring.band, BLOCK_N)
     grad_query_tile = gather_in_stages(
         rows, key_head, value_head, stages, rule, scoring,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, False, WIDE_OFFSETS, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, False, ADDRESSES, PRECISION,
     )  # fmt: skip
     if hides(scoring):  # noqa: SIM102  # the compiler knows this, but not the next
         if has_nan(grad_query_tile):
             grad_query_tile = gather_in_stages(
                 rows, key_head, value_head, stages, rule, scoring,
-                HEAD_DIM, VALUE_DIM, GUARD_BLOCK, True, WIDE_OFFSETS, PRECISION,
+                HEAD_DIM, VALUE_DIM, GUARD_BLOCK, True, ADDRESSES, PRECISION,
             )  # fmt: skip
     dims = tl.arange(0, BLOCK_D)[None, :]
     tl.store(
@@ -189,9 +189,6 @@ def attention_backward_query_call(inputs: BackwardInputs, grad_query: torch.Tens
             **inputs.arguments(tiles),
             "grad_query": grad_query,
             "q_tiles": q_tiles,
-            "WIDE_OFFSETS": needs_wide_offsets(
-                forward.query, forward.key, forward.value, inputs.grad_output
-            ),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

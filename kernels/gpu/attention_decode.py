@@ -16,7 +16,7 @@ from .attention_inputs import AttentionInputs
 from .attention_launch import MOST_SPLITS, DecodeTiles
 from .attention_score import Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequences, sequence_of, tokens_of
-from .call import Call, needs_wide_offsets, padded
+from .call import Call, addresses, padded
 from .tile import Heads, load_tile, stride_of, token_pointers
 
 
@@ -42,7 +42,7 @@ def attention_decode_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     BLOCK_M: tl.constexpr,  # at least group * T
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,7 +73,7 @@ def attention_decode_kernel(
         tokens_of(value, kv_head, sequence, sequences, ALIGNMENT),
         0, sequence.queries - 1, first_key, tl.minimum(sequence.keys, first_key + split_keys), rule,
         scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT),
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WIDE_OFFSETS, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ADDRESSES, PRECISION,
     )  # fmt: skip
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
     first_row = split.to(tl.int64) * split_rows
@@ -150,7 +150,9 @@ def attention_decode_calls(
             "splits": splits,
             "split_keys": tiles.split_keys,
             "split_rows": split_rows,
-            "WIDE_OFFSETS": needs_wide_offsets(inputs.key, inputs.value),
+            "ADDRESSES": addresses(
+                tiles.attention.products, (tiles.attention.block_n, inputs.key), (tiles.attention.block_n, inputs.value)
+            ),
         },
         options={"num_warps": tiles.attention.num_warps, "num_stages": tiles.attention.num_stages},
     )

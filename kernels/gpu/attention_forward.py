@@ -29,7 +29,7 @@ from .attention_score import (
     weigh,
 )
 from .attention_sequence import Sequences, Stages, Tokens, key_stages, load_keys, sequence_of, tokens_of
-from .call import Call, needs_wide_offsets
+from .call import Call, addresses
 from .dropout import is_kept
 from .tile import Heads, head_of, load_tokens, token_pointers
 
@@ -74,13 +74,13 @@ def attend(
     BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Attend to the keys first_key <= j < end_key; only the MASKED stage looks at the window and the end."""
     for start in tl.range(first_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        key_tile = load_keys(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, WIDE_OFFSETS)
+        key_tile = load_keys(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, ADDRESSES)
         products = tl.dot(rows.tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         scores, _ = score(products, rows.queries, keys, scoring, MASKED)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * log2_unit(scoring))
@@ -90,7 +90,7 @@ def attend(
         if rule.seed is not None:
             kept = is_kept(rule.seed, rows.planes, rows.positions, start, rule.dropout_threshold, BLOCK_N)
             probabilities = tl.where(kept, probabilities, 0.0)
-        value_tile = load_keys(value, start, low, end, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED, WIDE_OFFSETS)
+        value_tile = load_keys(value, start, low, end, VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED, ADDRESSES)
         accumulator = accumulator * decay[:, None]
         accumulator = weigh(probabilities, scores, value_tile, accumulator, GUARDED, PRECISION)
         row_max = new_max
@@ -112,7 +112,7 @@ def attend_in_stages(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     GUARDED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The output [BLOCK_M, BLOCK_DV] and logsumexp [BLOCK_M] of rows."""
@@ -128,17 +128,17 @@ def attend_in_stages(
             accumulator, row_max, row_sum = attend(
                 accumulator, row_max, row_sum, rows, key, value,
                 stages.first, stages.full_first, stages.low, stages.end, rule, scoring,
-                HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, WIDE_OFFSETS, PRECISION,
+                HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, False, ADDRESSES, PRECISION,
             )  # fmt: skip
         accumulator, row_max, row_sum = attend(
             accumulator, row_max, row_sum, rows, key, value,
             stages.full_first, stages.full_end, stages.low, stages.end, rule, scoring,
-            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, WIDE_OFFSETS, PRECISION,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, ADDRESSES, PRECISION,
         )  # fmt: skip
     accumulator, row_max, row_sum = attend(
         accumulator, row_max, row_sum, rows, key, value,
         masked_first, stages.end, stages.low, stages.end, rule, scoring,
-        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, GUARDED, WIDE_OFFSETS, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, True, GUARDED, ADDRESSES, PRECISION,
     )  # fmt: skip
     row_sum = tl.sum(row_sum, 1)
     is_empty = row_sum == 0.0
@@ -171,20 +171,20 @@ def attend_to_all(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The output [BLOCK_M, BLOCK_DV] and logsumexp [BLOCK_M] of rows over the keys first_key <= j < end_key."""
     stages = key_stages(first_query, last_query, first_key, end_key, scoring.band, BLOCK_N)
     output, logsumexp = attend_in_stages(
         rows, key, value, stages, rule, scoring,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, WIDE_OFFSETS, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, ADDRESSES, PRECISION,
     )  # fmt: skip
     if hides(scoring):  # noqa: SIM102  # the compiler knows this, but not the next
         if has_nan(output):
             output, logsumexp = attend_in_stages(
                 rows, key, value, stages, rule, scoring,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, GUARD_BLOCK, BLOCK_D, BLOCK_DV, True, WIDE_OFFSETS, PRECISION,
+                HEAD_DIM, VALUE_DIM, BLOCK_M, GUARD_BLOCK, BLOCK_D, BLOCK_DV, True, ADDRESSES, PRECISION,
             )  # fmt: skip
     return output, logsumexp
 
@@ -210,7 +210,7 @@ def attention_forward_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
+    ADDRESSES: tl.constexpr,  # `call.addresses`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -227,7 +227,7 @@ def attention_forward_kernel(
     scoring = scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT)
     query_tile = load_tokens(
         head_of(query, sequence.query_batch, head, sequence.first_query, ALIGNMENT),
-        first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, WIDE_OFFSETS,
+        first_query, 0, sequence.queries, HEAD_DIM, BLOCK_M, BLOCK_D, True, ADDRESSES,
     )  # fmt: skip
     queries = first_query + tl.arange(0, BLOCK_M)[:, None]
     positions = sequence.first_query + queries
@@ -238,7 +238,7 @@ def attention_forward_kernel(
         tokens_of(key, head // group, sequence, sequences, ALIGNMENT),
         tokens_of(value, head // group, sequence, sequences, ALIGNMENT),
         first_query, tl.minimum(first_query + BLOCK_M, sequence.queries) - 1, 0, end_key, rule, scoring,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WIDE_OFFSETS, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ADDRESSES, PRECISION,
     )  # fmt: skip
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
     row_mask = queries < sequence.queries
@@ -266,7 +266,12 @@ def attention_forward_call(
             "output": output,
             "logsumexp": logsumexp,
             "q_tiles": q_tiles,
-            "WIDE_OFFSETS": needs_wide_offsets(inputs.query, inputs.key, inputs.value),
+            "ADDRESSES": addresses(
+                tiles.products,
+                (tiles.block_m, inputs.query),
+                (tiles.block_n, inputs.key),
+                (tiles.block_n, inputs.value),
+            ),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

@@ -8,7 +8,7 @@ values are read; which of the tiles that fit is fastest, only a GPU can tell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ class AttentionTiles:
         block_n: Keys of a tile.
         num_warps: That a program has.
         num_stages: Tiles that are loaded while earlier ones are multiplied, and those.
+        products: Addresses are products (`tile.load_tokens`): fewer instructions and, of large tiles, fewer registers.
         prefetch_masked: The gradients of keys and values load masked tiles ahead, too, which takes registers.
     """
 
@@ -32,6 +33,7 @@ class AttentionTiles:
     block_n: int
     num_warps: int
     num_stages: int
+    products: bool = False
     prefetch_masked: bool = True
 
 
@@ -137,7 +139,7 @@ FORWARD = (
         ("sm_90",),
         "half",
         128,
-        AttentionTiles(128, 128, 8, 2),
+        AttentionTiles(128, 128, 8, 2, products=True),
         "255 registers, 160 KiB; 8 instructions a score besides the tensor cores' where 64 keys take 11",
     ),
     Row(LARGE, "half", 256, AttentionTiles(64, 64, 8, 2), "234 registers; 128 rows spill"),
@@ -175,13 +177,14 @@ FORWARD = (
 )
 
 BACKWARD_KEY_VALUE = (
+    Row(("sm_90",), "half", 64, AttentionTiles(64, 128, 8, 2, products=True), "254 registers; 10 instructions a score"),
     Row(NVIDIA, "half", 64, AttentionTiles(64, 128, 8, 2), "two accumulators of 128 keys: 231 to 255 registers"),
     Row(("sm_100",), "half", 128, AttentionTiles(64, 128, 8, 2), "accumulators in tensor memory: 240 registers"),
     Row(
         ("sm_90",),
         "half",
         128,
-        AttentionTiles(32, 128, 8, 2, prefetch_masked=False),
+        AttentionTiles(32, 128, 8, 2, products=True, prefetch_masked=False),
         "247 registers; 64 queries spill, masked tiles loaded ahead too. 19 instructions a score; 64 keys take 44",
     ),
     Row(("sm_80", *SMALL), "half", 128, AttentionTiles(64, 64, 8, 2), "180 registers, 72 KiB"),
@@ -217,7 +220,13 @@ BACKWARD_KEY_VALUE = (
 )
 
 BACKWARD_QUERY = (
-    Row(("sm_90",), "half", 64, AttentionTiles(128, 128, 8, 2), "239 registers; 6.6 instructions a score, 64 keys 8.0"),
+    Row(
+        ("sm_90",),
+        "half",
+        64,
+        AttentionTiles(128, 128, 8, 2, products=True),
+        "239 registers; 6.6 instructions a score, of 64 keys 8.0",
+    ),
     Row(("sm_90", "sm_100"), "half", 128, AttentionTiles(128, 64, 8, 2), "206 registers, 145 KiB"),
     Row(("sm_80", *SMALL), "half", 64, AttentionTiles(128, 64, 8, 2), "190 registers, 48 KiB"),
     Row(("sm_80", *SMALL), "half", 128, AttentionTiles(64, 64, 8, 2), "172 registers, 72 KiB"),
@@ -331,5 +340,5 @@ def _first(
         serves = serves and row.scores in ("any", "plain" if is_plain else "rich")
         if serves and head_dim <= row.head_dim and q_len <= row.q_len:
             numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
-            return row.tiles if numbers is None else AttentionTiles(**numbers)
+            return row.tiles if numbers is None else replace(row.tiles, **numbers)
     raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")

@@ -125,11 +125,11 @@ def load_keys(
     BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     MASKED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
 ) -> tl.tensor:
     """Keys or values first ... first + BLOCK - 1; every one by its page if paged."""
     if tokens.table is None:
-        tile = load_tokens(tokens.head, first, low, end, DIM, BLOCK, BLOCK_DIM, MASKED, WIDE_OFFSETS)
+        tile = load_tokens(tokens.head, first, low, end, DIM, BLOCK, BLOCK_DIM, MASKED, ADDRESSES)
     else:
         numbers = first + tl.arange(0, BLOCK)[:, None]
         dims = tl.arange(0, BLOCK_DIM)[None, :]

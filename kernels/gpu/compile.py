@@ -196,8 +196,8 @@ def _amd_bytes(access: str) -> int:
         return 4 * int(found.group(1) or 1)
     if "short" in access or "byte" in access:
         return 2 if "short" in access else 1
-    found = re.findall(r"[biu](\d+)", access)
-    return int(found[-1]) // 8 if found else 4
+    bits = re.findall(r"[biu](\d+)", access)
+    return int(bits[-1]) // 8 if bits else 4
 
 
 def _output_of(*command: str) -> str:

@@ -77,24 +77,28 @@ def load_tokens(
     BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     MASKED: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,  # 32 bits cannot hold the bytes from a token to the next
+    ADDRESSES: tl.constexpr,  # `call.addresses`
 ) -> tl.tensor:
     """Tokens first ... first + BLOCK - 1, [BLOCK, BLOCK_DIM]; if MASKED, only those with low <= number < end are read.
 
-    An address is the product of two numbers of 32 bits, a token and its stride in bytes, added to the head's: one
-    instruction, and one register for each row that a thread loads, whereas pointers that move take four.
+    ADDRESSES of "products" are computed anew for each row: a token times a stride, both of 32 bits, one instruction.
+    Otherwise the tile's first address moves along; rows are at "narrow" offsets from it, of 32 bits, or "wide" ones.
     """
-    ITEMSIZE: tl.constexpr = head.pointer.dtype.element_ty.primitive_bitwidth // 8
     numbers = tl.arange(0, BLOCK)[:, None]
     dims = tl.arange(0, BLOCK_DIM)[None, :]
     row_mask = (first + numbers >= low) & (first + numbers < end)
-    # The compiler must not see that `tokens` grows evenly: it would keep 64 bits for each row that a thread loads.
-    tokens = (tl.minimum(first, end) + numbers).to(tl.uint32).to(tl.int64)
-    stride = head.stride_t * ITEMSIZE
-    if not WIDE_OFFSETS:
-        stride = stride.to(tl.uint32).to(tl.int64)
-    rows = head.pointer.to(tl.pointer_type(tl.int8)) + tokens * stride
-    pointers = rows.to(head.pointer.dtype) + dims * head.stride_d
+    if ADDRESSES == "products":
+        ITEMSIZE: tl.constexpr = head.pointer.dtype.element_ty.primitive_bitwidth // 8
+        # The compiler must not see that tokens grow evenly, or it keeps a moving pointer for each row.
+        tokens = (tl.minimum(first, end) + numbers).to(tl.uint32).to(tl.int64)
+        stride = (head.stride_t * ITEMSIZE).to(tl.uint32).to(tl.int64)
+        rows = head.pointer.to(tl.pointer_type(tl.int8)) + tokens * stride
+        pointers = rows.to(head.pointer.dtype) + dims * head.stride_d
+    else:
+        offsets = numbers * head.stride_t + dims * head.stride_d
+        if ADDRESSES == "narrow":
+            offsets = offsets.to(tl.int32)
+        pointers = head.pointer + first * head.stride_t + offsets
     return load_tile(pointers, row_mask, dims < DIM, MASKED, BLOCK_DIM != DIM)
 
 

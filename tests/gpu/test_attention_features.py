@@ -4,20 +4,20 @@ The calls are those that the C++ kernels are tested with, smaller, because they 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_case import gradients
-from attention_features import FEATURES, Call, Inputs, written_out
+from attention_features import FEATURES, Call, Judged, seen_pairs
 from tolerance import assert_as_exact_as
 from torch import Tensor
 from trilby.kernels import reference
 from trilby.kernels.gpu.attention_launch import AttentionTiles, DecodeTiles
 from trilby.kernels.options import AttentionOptions
 
-RESULTS = "output", "logsumexp", "grad_query", "grad_key", "grad_value"
 TILES = AttentionTiles(block_m=32, block_n=32, num_warps=4, num_stages=1)
 WIDE = AttentionTiles(block_m=16, block_n=64, num_warps=4, num_stages=1)
 SPLIT = DecodeTiles(AttentionTiles(block_m=64, block_n=32, num_warps=4, num_stages=1), split_keys=32)
@@ -41,66 +41,136 @@ def few(call: Call) -> Call:
     return replace(call, T=sum(queries for queries, _ in lengths) + 3 if lengths else FEW_QUERIES, lengths=lengths)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A call, and what its results, in the order of `RESULTS`, are judged by."""
+def results(kernels, one: Judged, tiles: AttentionTiles) -> tuple[Tensor, ...]:
+    """What the kernels compute, in the order of `RESULTS`."""
+    output, logsumexp = forward(kernels, one, tiles)
+    inputs = (one.grad_output, *(tensor.detach() for tensor in one.inputs), output, logsumexp)
+    return output, logsumexp, *kernels.attention_backward(*inputs, *one.options, tiles=tiles)
 
-    inputs: Inputs
-    options: AttentionOptions
-    grad_output: Tensor
-    truth: tuple[Tensor, ...]
-    rival: tuple[Tensor, ...]
 
-    @classmethod
-    def of(cls, call: Call, dtype: torch.dtype) -> "Judged":
-        """A call with random inputs."""
-        torch.manual_seed(0)
-        inputs, options = call.inputs(dtype), call.ask(call, dtype)
-        grad_output = torch.randn(call.B, call.H, call.T, call.Dv).to(dtype)
-        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-        output, logsumexp = reference.attention(*exact, *options)
-        truth = output, logsumexp, *gradients(output, exact, grad_output)
-        theirs = written_out(inputs, call, options)
-        rounded = reference.attention(*(tensor.detach().float() for tensor in inputs), *options)[1]
-        rival = theirs, rounded, *gradients(theirs, inputs, grad_output)
-        return cls(tuple(tensor.detach() for tensor in inputs), options, grad_output, truth, rival)
-
-    def results(self, kernels, tiles) -> tuple[Tensor, ...]:
-        """What the kernels compute."""
-        output, logsumexp = kernels.attention(*self.inputs, *self.options, tiles=tiles)
-        return (
-            output,
-            logsumexp,
-            *kernels.attention_backward(self.grad_output, *self.inputs, output, logsumexp, *self.options, tiles=tiles),
-        )
-
-    def judge(self, *results: Tensor) -> None:
-        """Of the results that are given each must obey the rule of `tolerance`."""
-        for name, mine, rival, truth in zip(RESULTS, results, self.rival, self.truth):
-            assert_as_exact_as(mine, rival, truth, name)
+def forward(kernels, one: Judged, tiles: AttentionTiles | DecodeTiles) -> tuple[Tensor, Tensor]:
+    return kernels.attention(*(tensor.detach() for tensor in one.inputs), *one.options, tiles=tiles)
 
 
 @lru_cache
 def judged(name: str, dtype: torch.dtype = torch.float32) -> Judged:
+    torch.manual_seed(0)
     return Judged.of(small(FEATURES[name]), dtype)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_as_exact_as_pytorch_with_scores_written_out(kernels, name):
     one = judged(name)
-    results = one.results(kernels, TILES)
+    found = results(kernels, one, TILES)
     # Of one key the gradients are 0 but for rounding, which test_attention_backward.py bounds.
-    one.judge(*results[:2] if name == "window of one key" else results)
+    one.judge(*found[:2] if name == "window of one key" else found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["everything", "packed, everything"])
 def test_half_precision(kernels, name, dtype):
     one = judged(name, dtype)
-    one.judge(*one.results(kernels, WIDE))
+    one.judge(*results(kernels, one, WIDE))
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_few_queries_and_split_keys(kernels, name):
+    torch.manual_seed(0)
     one = Judged.of(few(small(FEATURES[name])), torch.float32)
-    one.judge(*kernels.attention(*one.inputs, *one.options, tiles=SPLIT))
+    one.judge(*forward(kernels, one, SPLIT))
+
+
+def test_twice_the_same_bits(kernels):
+    one = judged("everything")
+    for first, second in zip(results(kernels, one, TILES), results(kernels, one, TILES)):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["window, lower right", "mask of padding", "key lengths", "everything"])
+def test_hidden_keys_and_values_cannot_leak(kernels, name):
+    """Keys and values of NaN and infinity that a query does not see are nothing to it, in no result."""
+    call = small(FEATURES[name])
+    one = judged(name)
+    key, value = (tensor.detach().clone() for tensor in one.inputs[1:])
+    sees = seen_pairs(call, one.options)  # [B, H, T, S]
+    chosen = int(sees.any(1).sum(1).flatten().argmin())  # the key that the fewest queries see
+    key[:, :, chosen], value[:, :, chosen] = torch.nan, torch.inf
+    feels = sees[..., chosen]
+    poisoned = replace(one, inputs=(one.inputs[0], key, value), grad_output=one.grad_output * ~feels[..., None])
+    assert not feels.all()
+    output, logsumexp, grad_query, *_ = results(kernels, poisoned, TILES)
+    grad_truth, grad_rival = (
+        gradients(exact, inputs, poisoned.grad_output)[0]
+        for exact, inputs in (_computed(one, torch.float64), _computed(one, torch.float32))
+    )
+    for name, mine, rival, truth in (
+        ("output", output, one.rival[0], one.truth[0]),
+        ("logsumexp", logsumexp, one.rival[1], one.truth[1]),
+        ("grad_query", grad_query, grad_rival, grad_truth),
+    ):
+        assert_as_exact_as(mine[~feels], rival[~feels], truth[~feels], name)
+
+
+def _computed(one: Judged, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The reference's output of the inputs in another dtype, and those."""
+    inputs = tuple(tensor.detach().to(dtype).requires_grad_() for tensor in one.inputs)
+    return reference.attention(*inputs, *one.options)[0], inputs
+
+
+@pytest.mark.parametrize("tiles", [TILES, SPLIT], ids=["forward", "decode"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("size", [1, 16, 24], ids=lambda size: f"blocks of {size}")
+def test_keys_in_blocks_are_keys(kernels, size, packed, tiles):
+    """The same keys, out of order in blocks, of which what no sequence has is NaN, give the same bits."""
+    N, H, Hkv, T, S, D = 3, 2, 1, 5, 40, 16
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 0, 27], dtype=torch.int32)
+    pages = -(-S // size)
+    table = torch.randperm(N * pages).view(N, pages)
+    query, key, value = torch.randn(N, H, T, D), torch.randn(N, Hkv, S, D), torch.randn(N, Hkv, S, D)
+    exists = (torch.arange(S) < lengths[:, None])[:, None, :, None]
+    cache = []
+    for tensor in (key, value):
+        padded = F.pad(tensor.masked_fill(~exists, torch.nan), (0, 0, 0, pages * size - S), value=torch.nan)
+        blocks = torch.empty(N * pages, Hkv, size, D)
+        blocks[table.flatten()] = padded.unflatten(2, (pages, size)).transpose(1, 2).flatten(0, 1)
+        cache.append(blocks)
+    options = AttentionOptions(key_lengths=lengths, scale=0.25, lower_right=True, window_left=30, window_right=0)
+    expected, expected_logsumexp = kernels.attention(query, key, value, *options, tiles=tiles)
+    if packed:
+        query = query.transpose(0, 1).flatten(1, 2)[None]
+        expected = expected.transpose(0, 1).flatten(1, 2)[None]
+        expected_logsumexp = expected_logsumexp.transpose(0, 1).flatten(1)[None]
+        options = options._replace(query_starts=torch.arange(N + 1, dtype=torch.int32) * T, longest_query=T)
+    paged = options._replace(block_table=table.int())
+    output, logsumexp = kernels.attention(query, *cache, *paged, tiles=tiles)
+    assert torch.equal(output, expected)
+    assert torch.equal(logsumexp, expected_logsumexp)
+
+
+@pytest.mark.parametrize("tiles", [TILES, SPLIT], ids=["forward", "decode"])
+def test_a_sequence_is_computed_alike_whatever_else_is_in_the_batch(kernels, tiles):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 5, 16), torch.randn(3, 2, 50, 16), torch.randn(3, 2, 50, 16)
+    options = AttentionOptions(scale=0.25, lower_right=True, window_right=0)
+    together = kernels.attention(query, key, value, *options, tiles=tiles)
+    for n in range(3):
+        alone = kernels.attention(query[n : n + 1], key[n : n + 1], value[n : n + 1], *options, tiles=tiles)
+        assert all(torch.equal(one, many[n : n + 1]) for one, many in zip(alone, together))
+
+
+@pytest.mark.parametrize("tiles", [TILES, SPLIT], ids=["forward", "decode"])
+def test_dropout_drops_what_the_reference_drops(kernels, tiles):
+    """Seen through values that are the unit matrix, and through their gradient."""
+    S, seed = 40, torch.tensor([-(2**62) + 12345])
+    T = S if tiles is TILES else FEW_QUERIES
+    query, key, value = torch.zeros(2, 2, T, 16), torch.zeros(2, 2, S, 16), torch.eye(S).expand(2, 2, S, S)
+    options = AttentionOptions(seed=seed, scale=1.0, dropout_p=0.4)
+    expected = reference.attention(query, key, value, *options)[0]
+    output, logsumexp = kernels.attention(query, key, value, *options, tiles=tiles)
+    assert torch.equal(output != 0, expected != 0)
+    assert 0.5 < (output != 0).float().mean() < 0.7
+    if tiles is TILES:
+        rest = (query, key, value, output, logsumexp)
+        grad_value = kernels.attention_backward(value, *rest, *options, tiles=tiles)[2]
+        assert torch.equal(grad_value != 0, expected.mT != 0)

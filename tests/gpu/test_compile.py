@@ -5,13 +5,12 @@ import re
 import pytest
 import torch
 from trilby.kernels.gpu.attention_launch import AttentionTiles
-from trilby.kernels.gpu.call import needs_wide_offsets
+from trilby.kernels.gpu.call import addresses
 from trilby.kernels.gpu.compile import compile_call
 from trilby.kernels.gpu.matrix import AttentionShape, attention_cases, cases, norm_cases
 from trilby.kernels.gpu.targets import TARGETS, Target
 
 SM_90 = TARGETS["sm_90"]
-BFLOAT16_ON_META = {"dtype": torch.bfloat16, "device": "meta"}
 
 
 def chosen(target, *patterns):
@@ -105,13 +104,17 @@ def test_a_smaller_limit_or_a_missing_instruction_is_a_fault():
     assert len(type(case)(case.name, small, case.call, True).faults(spoiled)) == 4
 
 
-def test_strides_beyond_32_bits_compile_to_64():
+def test_what_32_bits_cannot_hold_compiles_to_64():
     shape = AttentionShape(torch.bfloat16, 64)
     near = shape.forward(AttentionTiles(128, 64, 8, 2))
-    assert not near.arguments["WIDE_OFFSETS"]
-    assert not needs_wide_offsets(torch.empty_strided((1, 1, 2, 64), (1, 1, 2**31 - 8, 1), **BFLOAT16_ON_META))
-    assert needs_wide_offsets(torch.empty_strided((1, 1, 2, 64), (1, 1, 2**31, 1), **BFLOAT16_ON_META))
-    wide = type(near)(near.kernel, near.grid, {**near.arguments, "WIDE_OFFSETS": True}, near.options)
+    assert near.arguments["ADDRESSES"] == "narrow"
+    far = torch.empty_strided((2, 12, 1024, 64), (1, 1, 2**25, 1), dtype=torch.bfloat16, device="meta")
+    assert addresses(False, (128, far)) == "wide"
+    assert addresses(False, (64, far)) == "narrow"
+    assert addresses(True, (128, far)) == "products"
+    farther = torch.empty_strided((2, 12, 1024, 64), (1, 1, 2**31, 1), dtype=torch.bfloat16, device="meta")
+    assert addresses(True, (128, farther)) == "wide"
+    wide = type(near)(near.kernel, near.grid, {**near.arguments, "ADDRESSES": "wide"}, near.options)
     assert compile_call(wide, SM_90).spills == 0
 
 

@@ -1,53 +1,25 @@
 """Whatever attention is asked for, the C++ kernels compute it as exactly as PyTorch with the scores written out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_case import DTYPES, gradients, needs_extension
-from attention_features import FEATURES, Call, Inputs, seen_pairs, written_out
+from attention_features import FEATURES, Call, Judged, seen_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import reference
 from trilby.kernels.options import AttentionOptions
 
-RESULTS = "output", "logsumexp", "grad_query", "grad_key", "grad_value"
 OPERATOR = torch.ops.trilby.attention
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What a call's results, in the order of `RESULTS`, are judged by."""
-
-    inputs: Inputs
-    options: AttentionOptions
-    grad_output: Tensor
-    truth: tuple[Tensor, ...]
-    rival: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, call: Call, dtype: torch.dtype) -> "Judged":
-        """A call with random inputs."""
-        inputs, options = call.inputs(dtype), call.ask(call, dtype)
-        grad_output = torch.randn(call.B, call.H, call.T, call.Dv).to(dtype)
-        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
-        output, logsumexp = reference.attention(*exact, *options)
-        truth = output, logsumexp, *gradients(output, exact, grad_output)
-        theirs = written_out(inputs, call, options)
-        rounded = reference.attention(*(tensor.detach().float() for tensor in inputs), *options)[1]
-        rival = theirs, rounded, *gradients(theirs, inputs, grad_output)
-        return cls(inputs, options, grad_output, truth, rival)
-
-    def judge(self, asked: AttentionOptions | None = None) -> None:
-        """Compute, told `asked` instead where given, and obey the rule of `tolerance`."""
-        output, logsumexp = OPERATOR(*self.inputs, *(asked or self.options))
-        ours = output, logsumexp, *gradients(output, self.inputs, self.grad_output)
-        for name, mine, rival, truth in zip(RESULTS, ours, self.rival, self.truth):
-            assert_as_exact_as(mine, rival, truth, name)
+def check(one: Judged, asked: AttentionOptions | None = None) -> None:
+    """Compute a call, told `asked` instead where given, and judge the results."""
+    output, logsumexp = OPERATOR(*one.inputs, *(asked or one.options))
+    one.judge(output, logsumexp, *gradients(output, one.inputs, one.grad_output))
 
 
 @lru_cache
@@ -60,7 +32,7 @@ def judged(name: str, dtype: torch.dtype) -> Judged:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_as_exact_as_pytorch_with_scores_written_out(name: str, dtype: torch.dtype, level: str) -> None:
-    judged(name, dtype).judge()
+    check(judged(name, dtype))
 
 
 @needs_extension
@@ -103,7 +75,7 @@ def test_as_exact_as_pytorch_whatever_is_combined(data: st.DataObject) -> None:
         dropout_p=dropout_p,
     )  # fmt: skip
     call = replace(call, T=call.T + 1, S=call.S + 1) if sequences else call  # the first row is nobody's
-    Judged.of(replace(call, ask=lambda call, dtype: options), dtype).judge()
+    check(Judged.of(replace(call, ask=lambda call, dtype: options), dtype))
 
 
 @pytest.mark.parametrize("length", [7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 255, 257])
@@ -113,7 +85,7 @@ def test_lengths_around_every_tile(length: int, level: str) -> None:
         scale=0.4, window_left=17, window_right=3, lower_right=True, seed=torch.tensor([1]), dropout_p=0.2
     )
     call = Call(lambda call, dtype: options, B=1, H=1, Hkv=1, T=length, S=length + 9, D=8, Dv=8)
-    Judged.of(call, torch.float32).judge()
+    check(Judged.of(call, torch.float32))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -256,7 +228,7 @@ def test_a_kernel_with_one_mistake_is_found(mutant: str) -> None:
     if "key_starts" in mistake:
         mistake = {"key_starts": mistake["key_starts"].int()}
     with pytest.raises(AssertionError, match="error"):
-        one.judge(one.options._replace(**mistake))
+        check(one, one.options._replace(**mistake))
 
 
 @needs_extension
