@@ -178,7 +178,13 @@ FORWARD = (
 
 BACKWARD_KEY_VALUE = (
     Row(("sm_90",), "half", 64, AttentionTiles(64, 128, 8, 2, products=True), "254 registers; 10 instructions a score"),
-    Row(NVIDIA, "half", 64, AttentionTiles(64, 128, 8, 2), "two accumulators of 128 keys: 231 to 255 registers"),
+    Row(
+        ("sm_80", "sm_100", *SMALL),
+        "half",
+        64,
+        AttentionTiles(64, 128, 8, 2),
+        "two accumulators of 128 keys: 231 to 255 registers",
+    ),
     Row(("sm_100",), "half", 128, AttentionTiles(64, 128, 8, 2), "accumulators in tensor memory: 240 registers"),
     Row(
         ("sm_90",),

@@ -96,7 +96,7 @@ def attention_candidates(row: Row) -> tuple[Numbers, ...]:
     for rows, keys, warps, stages in itertools.product(
         _around(row.tiles.block_m), _around(row.tiles.block_n), (4, 8), (1, 2, 3)
     ):
-        numbers = {"block_m": rows, "block_n": keys, "num_warps": warps, "num_stages": stages}
+        numbers = {**own, "block_m": rows, "block_n": keys, "num_warps": warps, "num_stages": stages}
         if numbers != own and rows * keys >= 16 * 16 * warps // 4:
             found.append(numbers)
     return tuple(found)

@@ -19,7 +19,7 @@ from trilby.kernels.gpu.attention_launch import AttentionTiles, DecodeTiles
 from trilby.kernels.options import AttentionOptions
 
 TILES = AttentionTiles(block_m=32, block_n=32, num_warps=4, num_stages=1)
-WIDE = AttentionTiles(block_m=16, block_n=64, num_warps=4, num_stages=1)
+WIDE = AttentionTiles(block_m=16, block_n=64, num_warps=4, num_stages=1, products=True, prefetch_masked=False)
 SPLIT = DecodeTiles(AttentionTiles(block_m=64, block_n=32, num_warps=4, num_stages=1), split_keys=32)
 LONGEST = 60
 FEW_QUERIES = 9
