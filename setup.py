@@ -27,6 +27,8 @@ PER_LEVEL = [
     "gelu.cpp",
     "level.cpp",
 ]
+# What the tile unit gains something for; all else at that level is avx512's.
+PER_LEVEL_AMX = ["attention_forward.cpp", "attention_backward.cpp", "tile_check.cpp", "level.cpp"]
 ONCE = [
     "bindings_attention.cpp",
     "bindings_norm.cpp",
@@ -48,8 +50,9 @@ X86_V4 = [
     "-mavx512vl",
     "-mprefer-vector-width=512",
 ]
+AMX = [*X86_V4, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 LEVELS = {
-    "x86_64": {"baseline": ["-march=x86-64-v2"], "avx2": X86_V3, "avx512": X86_V4},
+    "x86_64": {"baseline": ["-march=x86-64-v2"], "avx2": X86_V3, "avx512": X86_V4, "amx": AMX},
     "aarch64": {"baseline": []},
 }
 COMMON = [
@@ -66,6 +69,15 @@ COMMON = [
 # clang knows no such warnings.
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
 TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI has parallel_for
+
+
+def knows_tiles(compiler: str, flags: list[str]) -> bool:
+    """Whether `compiler` and its assembler know AMX: gcc 11, clang 11 and binutils 2.35 do, on Linux."""
+    if sys.platform != "linux":
+        return False
+    source = 'int main() { asm volatile("tilerelease"); }'
+    command = [compiler, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 class BuildOptionalExtension(build_ext):
@@ -111,11 +123,15 @@ class BuildOptionalExtension(build_ext):
                     variables={"flags": " ".join(flags)},
                 )
 
+            levels = dict(LEVELS.get(platform.machine(), {"baseline": []}))
+            if "amx" in levels and not knows_tiles(compiler, levels["amx"]):
+                del levels["amx"]
+            built = ["-DTRILBY_HAS_AMX"] if "amx" in levels else []
             for source in ONCE:
                 target = [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source.startswith("bindings") else []
-                compile_source(source, Path(source).stem, [*COMMON, *target])
-            for level, flags in LEVELS.get(platform.machine(), {"baseline": []}).items():
-                for source in PER_LEVEL:
+                compile_source(source, Path(source).stem, [*COMMON, *built, *target])
+            for level, flags in levels.items():
+                for source in PER_LEVEL_AMX if level == "amx" else PER_LEVEL:
                     compile_source(source, f"{level}/{Path(source).stem}", [*COMMON, *flags, f"-DTRILBY_LEVEL={level}"])
             libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
             ninja.build(str(output), "link", objects, variables={"flags": " ".join(libraries)})

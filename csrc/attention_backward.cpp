@@ -14,9 +14,9 @@
 // queries (three products), dK and dV by tiles of keys (four). Every sum is taken over the same terms in the same order
 // in both, so that the result is the same, bit for bit, for any number of threads.
 #include "attention_dropout.h"
+#include "attention_products.h"
 #include "attention_score.h"
 #include "level.h"
-#include "product.h"
 
 namespace trilby::TRILBY_LEVEL {
 
@@ -27,25 +27,19 @@ constexpr int64_t KEY_TILE = 4 * BLOCK;
 // The most scratch memory that dK and dV of one head may take for the single pass, in floats: 8 MiB a thread.
 constexpr int64_t LONGEST_PASS = 2 * 1024 * 1024;
 
-int64_t whole_vectors(int64_t columns) { return ceiling(columns, LANES) * LANES; }
-
 // One panel of queries. Lanes past the last query hold zeros and a logsumexp of infinity: their probabilities are 0.
 struct Panel {
-  int64_t first_query, count;
-  float *queries_transposed, *grads_transposed, *grad_queries;  // [D][PANEL], [Dv][PANEL], [D][PANEL]
-  float *queries, *grads;                                       // [PANEL][D], [PANEL][Dv], in whole vectors
-  float *logsumexp, *delta;                                     // [PANEL]
+  int64_t number, first_query, count;
+  float *grad_queries, *logsumexp, *delta;  // [D][PANEL], [PANEL], [PANEL]
   DropoutRows rows;
 };
 
 struct Workspace {
+  BackwardProducts products;
   Panel panel[PANELS];
-  float *keys, *values;                // [BLOCK][D], [BLOCK][Dv]
-  float *probabilities, *grad_scores;  // [BLOCK][PANEL]
-  float *grad_keys, *grad_values;      // [gradient rows][D], [gradient rows][Dv], in whole vectors
-  float* output_transposed;            // [Dv][PANEL]
-  float *mask, *seen;                  // [BLOCK][PANEL]
-  float *slopes, *dropout_factors;     // [BLOCK][PANEL]: of the softcap; of dropout
+  float *probabilities, *grad_scores;      // [BLOCK][PANEL]
+  float *grad_keys, *grad_values;          // [gradient rows][D], [gradient rows][Dv], in whole vectors
+  float *mask, *slopes, *dropout_factors;  // [BLOCK][PANEL]; slopes are those of the softcap
 
   Workspace(const AttentionShape& shape, int64_t gradient_rows) {
     Carver carver;
@@ -56,25 +50,19 @@ struct Workspace {
 
  private:
   void place(Carver& carver, const AttentionShape& shape, int64_t gradient_rows) {
-    const int64_t D = shape.head_dim, Dv = shape.value_dim;
-    for (Panel& mine : panel) {
-      mine.queries_transposed = carver.take(D * PANEL);
-      mine.grads_transposed = carver.take(Dv * PANEL);
-      mine.grad_queries = carver.take(D * PANEL);
-      mine.queries = carver.take(PANEL * whole_vectors(D));
-      mine.grads = carver.take(PANEL * whole_vectors(Dv));
-      mine.logsumexp = carver.take(PANEL);
-      mine.delta = carver.take(PANEL);
+    products.place(carver, shape);
+    for (int64_t p = 0; p < PANELS; p++) {
+      panel[p].number = p;
+      panel[p].grad_queries = carver.take(BackwardProducts::query_columns(shape.head_dim) * PANEL);
+      panel[p].logsumexp = carver.take(PANEL);
+      panel[p].delta = carver.take(PANEL);
     }
-    keys = carver.take(BLOCK * D);
-    values = carver.take(BLOCK * Dv);
     probabilities = carver.take(BLOCK * PANEL);
     grad_scores = carver.take(BLOCK * PANEL);
-    grad_keys = carver.take(gradient_rows * whole_vectors(D));
-    grad_values = carver.take(gradient_rows * whole_vectors(Dv));
-    output_transposed = carver.take(Dv * PANEL);
+    const int64_t rows = BackwardProducts::key_rows(gradient_rows);
+    grad_keys = carver.take(rows * whole_vectors(shape.head_dim));
+    grad_values = carver.take(rows * whole_vectors(shape.value_dim));
     mask = carver.take(BLOCK * PANEL);
-    seen = carver.take(BLOCK * PANEL);
     slopes = carver.take(BLOCK * PANEL);
     dropout_factors = carver.take(BLOCK * PANEL);
   }
@@ -91,48 +79,24 @@ struct Head {
 
 void clear(float* floats, int64_t count) { __builtin_memset(floats, 0, static_cast<size_t>(count) * sizeof(float)); }
 
-// `rows` rows of `columns` elements as floats, `width` apart, with zeros after each and in the rest of the panel.
-template <class Format>
-void pack_padded(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns, int64_t width,
-                 float* to) {
-  clear(to, PANEL * width);
-  for (int64_t m = 0; m < rows; m++) unpack_row<Format>(from + m * view.row, view.column, columns, to + m * width);
-}
-
-// delta[m] = sum over d of dO[m][d] · O[m][d], term by term in the order in which the products sum dP: a query that
-// sees one key, whose output is that key's value, then has a dS of exactly 0.
-void sum_columns_of_product(const float* a, const float* b, int64_t rows, float* sums) {
-  for (int c = 0; c < PANEL; c += LANES) {
-    Vector sum = {};
-    for (int64_t d = 0; d < rows; d++) sum += load(a + d * PANEL + c) * load(b + d * PANEL + c);
-    store(sums + c, sum);
-  }
-}
-
 template <class Format>
 void load_panel(const AttentionBackward& problem, const Head& head, int64_t first_query, const Workspace& work,
                 Panel& panel) {
   using Element = typename Format::Element;
   const AttentionShape& shape = problem.shape;
-  const int64_t D = shape.head_dim, Dv = shape.value_dim;
   const int64_t batch = head.sequence.batch, row = head.sequence.first_query + first_query;
   panel.first_query = first_query;
   panel.count = smaller(head.sequence.queries - first_query, PANEL);
-  const Element* query = row_of<Element>(problem.query, batch, head.query_head, row);
-  const Element* grad = row_of<Element>(problem.grad_output, batch, head.query_head, row);
-  const Element* output = row_of<Element>(problem.output, batch, head.query_head, row);
-  pack_transposed<Format>(query, problem.query, panel.count, D, 1.0f, panel.queries_transposed, PANEL);
-  pack_transposed<Format>(grad, problem.grad_output, panel.count, Dv, 1.0f, panel.grads_transposed, PANEL);
-  pack_padded<Format>(query, problem.query, panel.count, D, whole_vectors(D), panel.queries);
-  pack_padded<Format>(grad, problem.grad_output, panel.count, Dv, whole_vectors(Dv), panel.grads);
+  work.products.load_panel<Format>(panel.number, problem, row_of<Element>(problem.query, batch, head.query_head, row),
+                                   row_of<Element>(problem.grad_output, batch, head.query_head, row),
+                                   row_of<Element>(problem.output, batch, head.query_head, row), panel.count,
+                                   panel.delta);
   const float* logsumexp = problem.logsumexp + (batch * shape.query_heads + head.query_head) * shape.query_length + row;
   for (int64_t m = 0; m < PANEL; m++) {
     panel.logsumexp[m] = m < panel.count ? logsumexp[m] : INFINITE;
     if (panel.logsumexp[m] == -INFINITE) panel.logsumexp[m] = 0.0f;  // every score was -inf: 2^(-inf - 0)
   }
-  pack_transposed<Format>(output, problem.output, panel.count, Dv, 1.0f, work.output_transposed, PANEL);
-  sum_columns_of_product(work.output_transposed, panel.grads_transposed, Dv, panel.delta);
-  clear(panel.grad_queries, D * PANEL);
+  clear(panel.grad_queries, BackwardProducts::query_columns(shape.head_dim) * PANEL);
   if (problem.rule.dropout.threshold) {
     panel.rows.start(problem.rule.dropout, batch * shape.query_heads + head.query_head, row);
   }
@@ -159,29 +123,13 @@ void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, fl
   }
 }
 
-// gradient[n][d] += sum over m of weights[n][m] · rows[m][d].
-void accumulate(float* gradient, int64_t keys, const float* weights, const float* rows, int64_t width) {
-  const Operand by_key = {weights, PANEL, 1};
-  int64_t d = 0;
-  for (; d + PANEL <= width; d += PANEL) {
-    product<PANEL_VECTORS, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
-  }
-  if (PANEL_VECTORS > 2 && d + 2 * LANES <= width) {
-    product<2, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
-    d += 2 * LANES;
-  }
-  if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
-}
-
 // Probabilities and the scores' gradients of a block that some query of the panel sees some of.
 void score_gradients(const AttentionBackward& problem, const Head& head, const Panel& panel, const KeyBlock& block,
                      const Sight& sight, const Workspace& work) {
   const AttentionRule& rule = problem.rule;
-  const int64_t D = problem.shape.head_dim, Dv = problem.shape.value_dim, keys = block.count;
-  product<PANEL_VECTORS, Start::zero>(keys, {block.keys, D, 1}, panel.queries_transposed, PANEL, work.probabilities,
-                                      PANEL, nullptr, D);
-  product<PANEL_VECTORS, Start::zero>(keys, {block.values, Dv, 1}, panel.grads_transposed, PANEL, work.grad_scores,
-                                      PANEL, nullptr, Dv);
+  const int64_t keys = block.count;
+  work.products.scores(panel.number, block, problem.shape, work.probabilities);
+  work.products.grad_probabilities(panel.number, block, problem.shape, work.grad_scores);
   float scale = rule.scale;
   if (adjusts(rule)) {
     adjust(rule, scale, head.sequence, head.query_head, sight, keys, work.probabilities, work.slopes);
@@ -207,29 +155,26 @@ void score_gradients(const AttentionBackward& problem, const Head& head, const P
 void back_propagate(const AttentionBackward& problem, const Head& head, const Panel& panel, const KeyBlock& whole,
                     const Workspace& work, Wanted wanted, float* grad_keys, float* grad_values) {
   const AttentionShape& shape = problem.shape;
-  const KeyBlock block = seen_part(whole, shape, head.sequence, panel.first_query, panel.first_query + PANEL);
-  if (block.count <= 0) return;
+  const KeyRange range =
+      seen_part(whole, head.sequence, panel.first_query, panel.first_query + PANEL, BackwardProducts::STEP);
+  if (range.count <= 0) return;
+  const KeyBlock block = whole.part(range, shape);
   Sight sight(head.sequence, panel.first_query, block);
   sight.mask = load_mask(problem.rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first,
                          block.count, work.mask);
   if (sight.mask.hides_all) return;
   score_gradients(problem, head, panel, block, sight, work);
-  const int64_t D = shape.head_dim, Dv = shape.value_dim;
+  const BackwardProducts& products = work.products;
+  products.take(work.probabilities, work.grad_scores, block.count);
   if (wanted != Wanted::key_and_value) {
-    const Operand keys = {block.keys, 1, D};
-    if (!zero_hides(sight, block.keys, block.count, D)) {
-      product<PANEL_VECTORS, Start::resume, true>(D, keys, work.grad_scores, PANEL, panel.grad_queries, PANEL, nullptr,
-                                                  block.count, seen_pairs(sight, block.count, work.seen));
-    } else {
-      product<PANEL_VECTORS, Start::resume>(D, keys, work.grad_scores, PANEL, panel.grad_queries, PANEL, nullptr,
-                                            block.count);
-    }
+    products.add_to_queries(block, shape, sight, work.grad_scores, panel.grad_queries);
   }
   if (wanted != Wanted::query) {
     const int64_t skipped = block.first - whole.first;
-    accumulate(grad_values + skipped * whole_vectors(Dv), block.count, work.probabilities, panel.grads,
-               whole_vectors(Dv));
-    accumulate(grad_keys + skipped * whole_vectors(D), block.count, work.grad_scores, panel.queries, whole_vectors(D));
+    products.add_to_values(panel.number, block.count, shape, work.probabilities,
+                           grad_values + skipped * whole_vectors(shape.value_dim));
+    products.add_to_keys(panel.number, block.count, shape, work.grad_scores,
+                         grad_keys + skipped * whole_vectors(shape.head_dim));
   }
 }
 
@@ -245,8 +190,8 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
   const int64_t end = smaller(end_key, sequence.end_seen(first_query + panels * PANEL));
   const int64_t begin = greater(first_key, sequence.first_seen(first_query) / BLOCK * BLOCK);
   for (int64_t first = begin; first < end; first += BLOCK) {
-    const KeyBlock block = load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK),
-                                              work.keys, work.values);
+    const KeyBlock block =
+        work.products.blocks.load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK));
     float* grad_keys = work.grad_keys + (first - first_key) * whole_vectors(shape.head_dim);
     float* grad_values = work.grad_values + (first - first_key) * whole_vectors(shape.value_dim);
     for (int64_t p = 0; p < panels; p++) {
@@ -288,8 +233,8 @@ void backward_keys(const AttentionBackward& problem, const Sequence& sequence, i
   const AttentionShape& shape = problem.shape;
   const int64_t keys = end_key - first_key, group = shape.query_heads / shape.key_heads;
   Workspace work(shape, keys);
-  clear(work.grad_keys, keys * whole_vectors(shape.head_dim));
-  clear(work.grad_values, keys * whole_vectors(shape.value_dim));
+  clear(work.grad_keys, BackwardProducts::key_rows(keys) * whole_vectors(shape.head_dim));
+  clear(work.grad_values, BackwardProducts::key_rows(keys) * whole_vectors(shape.value_dim));
   for (int64_t query_head = key_head * group; query_head < (key_head + 1) * group; query_head++) {
     for (int64_t query = first_query; query < end_query; query += PANELS * PANEL) {
       const int64_t panels = smaller(PANELS, ceiling(end_query - query, PANEL));
@@ -402,6 +347,12 @@ void backward(const AttentionBackward& problem, const Threads& threads) {
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+void attention_backward(const AttentionBackward& problem, const Threads& threads) {
+  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_backward(problem, threads);
+  backward<BFloat16>(problem, threads);
+}
+#else
 void attention_backward(const AttentionBackward& problem, const Threads& threads) {
   switch (problem.shape.dtype) {
     case Dtype::float32: return backward<Float32>(problem, threads);
@@ -409,5 +360,6 @@ void attention_backward(const AttentionBackward& problem, const Threads& threads
     case Dtype::float16: return backward<Float16>(problem, threads);
   }
 }
+#endif
 
 }  // namespace trilby::TRILBY_LEVEL

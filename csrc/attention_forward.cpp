@@ -14,17 +14,17 @@
 #include "attention_forward.h"
 
 #include "attention_dropout.h"
+#include "attention_products.h"
 #include "level.h"
-#include "product.h"
 
 namespace trilby::TRILBY_LEVEL {
 
 namespace {
 
 struct Workspace {
-  float *queries, *outputs, *maxima, *sums;  // of PANELS panels: [D][PANEL], [Dv][PANEL], [PANEL], [PANEL]
-  float *keys, *values, *scores, *factors;   // [BLOCK][D], [BLOCK][Dv], [BLOCK][PANEL], [PANEL]
-  float *mask, *seen;                        // [BLOCK][PANEL]
+  ForwardProducts products;
+  float *outputs, *maxima, *sums;  // of PANELS panels: [Dv][PANEL], [PANEL], [PANEL]
+  float *scores, *mask, *factors;  // [BLOCK][PANEL], [BLOCK][PANEL], [PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
     Carver carver;
@@ -35,16 +35,13 @@ struct Workspace {
 
  private:
   void place(Carver& carver, const AttentionShape& shape) {
-    queries = carver.take(PANELS * shape.head_dim * PANEL);
-    outputs = carver.take(PANELS * shape.value_dim * PANEL);
+    products.place(carver, shape);
+    outputs = carver.take(PANELS * ForwardProducts::output_rows(shape.value_dim) * PANEL);
     maxima = carver.take(PANELS * PANEL);
     sums = carver.take(PANELS * PANEL);
-    keys = carver.take(BLOCK * shape.head_dim);
-    values = carver.take(BLOCK * shape.value_dim);
     scores = carver.take(BLOCK * PANEL);
-    factors = carver.take(PANEL);
     mask = carver.take(BLOCK * PANEL);
-    seen = carver.take(BLOCK * PANEL);
+    factors = carver.take(PANEL);
   }
 };
 
@@ -56,14 +53,17 @@ struct Head {
 
 // One panel of queries and what its online softmax has come to.
 struct Panel {
-  int64_t first_query, count;
-  float *queries, *outputs, *maxima, *sums;
+  int64_t number, first_query, count;
+  float *outputs, *maxima, *sums;
   DropoutRows rows;
 };
 
 // Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by. The
-// vectors of a panel take turns key by key: one alone would wait for its own maximum.
-void online_softmax(float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors) {
+// vectors of a panel take turns key by key: one alone would wait for its own maximum. Probabilities go to keep(n, c, of
+// key n, of key n + 1).
+template <class Keep>
+void online_softmax(const float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors,
+                    const Keep& keep) {
   Vector maximum[PANEL_VECTORS], shift[PANEL_VECTORS], sum[PANEL_VECTORS] = {};
   for (int c = 0; c < PANEL_VECTORS; c++) maximum[c] = load(maxima + c * LANES);
   for (int64_t n = 0; n < keys; n++) {
@@ -71,14 +71,19 @@ void online_softmax(float* scores, int64_t keys, float scale, float* maxima, flo
   }
   // Nothing seen yet: -inf - 0, not -inf + inf.
   for (int c = 0; c < PANEL_VECTORS; c++) shift[c] = maximum[c] == -INFINITE ? Vector{} : maximum[c];
-  for (int64_t n = 0; n < keys; n++) {
+  const auto probability = [&](int64_t n, int c) __attribute__((always_inline)) {
+    const Vector result = exp2_of_nonpositive((load(scores + n * PANEL + c * LANES) - shift[c]) * scale);
+    sum[c] += result;
+    return result;
+  };
+  int64_t n = 0;
+  for (; n + 2 <= keys; n += 2) {
     for (int c = 0; c < PANEL_VECTORS; c++) {
-      float* score = scores + n * PANEL + c * LANES;
-      const Vector probability = exp2_of_nonpositive((load(score) - shift[c]) * scale);
-      store(score, probability);
-      sum[c] += probability;
+      const Vector first = probability(n, c);
+      keep(n, c, first, probability(n + 1, c));
     }
   }
+  for (int c = 0; n < keys && c < PANEL_VECTORS; c++) keep(n, c, probability(n, c), Vector{});
   for (int c = 0; c < PANEL_VECTORS; c++) {
     const Vector factor = exp2_of_nonpositive((load(maxima + c * LANES) - shift[c]) * scale);
     store(factors + c * LANES, factor);
@@ -91,30 +96,30 @@ void attend(const AttentionForward& problem, const Head& head, const Panel& pane
             const Workspace& work) {
   const AttentionShape& shape = problem.shape;
   const AttentionRule& rule = problem.rule;
-  const KeyBlock block = seen_part(whole, shape, head.sequence, panel.first_query, panel.first_query + PANEL);
-  if (block.count <= 0) return;
+  const KeyRange range =
+      seen_part(whole, head.sequence, panel.first_query, panel.first_query + PANEL, ForwardProducts::STEP);
+  if (range.count <= 0) return;
+  const KeyBlock block = whole.part(range, shape);
   Sight sight(head.sequence, panel.first_query, block);
   sight.mask = load_mask(rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first, block.count,
                          work.mask);
   if (sight.mask.hides_all) return;
   const Scale scale(rule);
-  const Operand keys = {block.keys, shape.head_dim, 1};
-  product<PANEL_VECTORS, Start::zero>(block.count, keys, panel.queries, PANEL, work.scores, PANEL, nullptr,
-                                      shape.head_dim);
+  work.products.scores(panel.number, block, shape, work.scores);
   if (adjusts(rule)) {
     adjust(rule, scale.size, head.sequence, head.query_head, sight, block.count, work.scores, nullptr);
   }
   if (sight.hides(block)) hide(work.scores, block.count, sight, -INFINITE);
-  online_softmax(work.scores, block.count, scale.within * LOG2_E, panel.maxima, panel.sums, work.factors);
-  if (rule.dropout.threshold) drop(rule.dropout, panel.rows, block.first, block.count, work.scores);
-  const Operand values = {block.values, 1, shape.value_dim};
-  if (!zero_hides(sight, block.values, block.count, shape.value_dim)) {
-    product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
-                                                 work.factors, block.count, seen_pairs(sight, block.count, work.seen));
+  const float factor = scale.within * LOG2_E;
+  if (rule.dropout.threshold) {
+    online_softmax(work.scores, block.count, factor, panel.maxima, panel.sums, work.factors, KeepInPlace{work.scores});
+    drop(rule.dropout, panel.rows, block.first, block.count, work.scores);
+    work.products.take_probabilities(work.scores, block.count);
   } else {
-    product<PANEL_VECTORS, Start::rescale>(shape.value_dim, values, work.scores, PANEL, panel.outputs, PANEL,
-                                           work.factors, block.count);
+    online_softmax(work.scores, block.count, factor, panel.maxima, panel.sums, work.factors,
+                   work.products.keep(work.scores));
   }
+  work.products.add_values(block, shape, sight, work.scores, work.factors, panel.outputs);
 }
 
 template <class Format>
@@ -122,15 +127,17 @@ void start(const AttentionForward& problem, const Head& head, const Workspace& w
            Panel& panel) {
   const AttentionShape& shape = problem.shape;
   const int64_t batch = head.sequence.batch, row = head.sequence.first_query + first_query;
+  panel.number = p;
   panel.first_query = first_query;
   panel.count = smaller(head.sequence.queries - first_query, PANEL);
-  panel.queries = work.queries + p * shape.head_dim * PANEL;
-  panel.outputs = work.outputs + p * shape.value_dim * PANEL;
+  panel.outputs = work.outputs + p * ForwardProducts::output_rows(shape.value_dim) * PANEL;
   panel.maxima = work.maxima + p * PANEL;
   panel.sums = work.sums + p * PANEL;
-  pack_transposed<Format>(row_of<typename Format::Element>(problem.query, batch, head.query_head, row), problem.query,
-                          panel.count, shape.head_dim, Scale(problem.rule).sign, panel.queries, PANEL);
-  for (int64_t i = 0; i < shape.value_dim * PANEL; i += LANES) store(panel.outputs + i, Vector{});
+  work.products.pack_queries<Format>(p, row_of<typename Format::Element>(problem.query, batch, head.query_head, row),
+                                     problem.query, panel.count, shape.head_dim, Scale(problem.rule).sign);
+  for (int64_t i = 0; i < ForwardProducts::output_rows(shape.value_dim) * PANEL; i += LANES) {
+    store(panel.outputs + i, Vector{});
+  }
   for (int c = 0; c < PANEL_VECTORS; c++) {
     store(panel.maxima + c * LANES, broadcast(-INFINITE));
     store(panel.sums + c * LANES, Vector{});
@@ -168,8 +175,8 @@ void forward_tile(const AttentionForward& problem, const Head& head, int64_t fir
   for (int64_t p = 0; p < panels; p++) start<Format>(problem, head, work, first_query + p * PANEL, p, panel[p]);
   const int64_t end = sequence.end_seen(first_query + panels * PANEL);
   for (int64_t first = sequence.first_seen(first_query) / BLOCK * BLOCK; first < end; first += BLOCK) {
-    const KeyBlock block = load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK),
-                                              work.keys, work.values);
+    const KeyBlock block =
+        work.products.blocks.load_block<Format>(problem, sequence, head.key_head, first, smaller(end - first, BLOCK));
     for (int64_t p = 0; p < panels; p++) attend(problem, head, panel[p], block, work);
   }
   for (int64_t p = 0; p < panels; p++) finish<Format>(problem, head, panel[p]);
@@ -195,6 +202,12 @@ void forward(const AttentionForward& problem, const Threads& threads) {
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+void attention_forward(const AttentionForward& problem, const Threads& threads) {
+  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_forward(problem, threads);
+  forward<BFloat16>(problem, threads);
+}
+#else
 void attention_forward(const AttentionForward& problem, const Threads& threads) {
   switch (problem.shape.dtype) {
     case Dtype::float32: return forward<Float32>(problem, threads);
@@ -202,5 +215,6 @@ void attention_forward(const AttentionForward& problem, const Threads& threads) 
     case Dtype::float16: return forward<Float16>(problem, threads);
   }
 }
+#endif
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -77,23 +77,22 @@ struct Sight {
   int64_t past, future;  // keys [0, past) are hidden from the last query, [future, count) from the first
   MaskBlock mask;
 
-  Sight(const Sequence& sequence, int64_t first_query, const KeyBlock& block)
+  Sight(const Sequence& sequence, int64_t first_query, const KeyRange& block)
       : shift(first_query - block.first),
         before(sequence.before),
         after(sequence.after),
         past(greater(0, smaller(block.count, shift + PANEL - 1 - before))),
         future(greater(0, smaller(block.count, shift + after + 1))) {}
 
-  bool hides(const KeyBlock& block) const { return past > 0 || future < block.count || mask.hides_some; }
+  bool hides(const KeyRange& block) const { return past > 0 || future < block.count || mask.hides_some; }
 };
 
-// The part of a block that the queries [first, end) see any of. It begins at a multiple of eight keys, as random
-// numbers do.
-static inline KeyBlock seen_part(const KeyBlock& block, const AttentionShape& shape, const Sequence& sequence,
-                                 int64_t first, int64_t end) {
-  const int64_t begin = greater(0, sequence.first_seen(first) - block.first) / 8 * 8;
-  const int64_t count = smaller(block.count, sequence.end_seen(end) - block.first) - begin;
-  return {block.keys + begin * shape.head_dim, block.values + begin * shape.value_dim, block.first + begin, count};
+// The part of a range of keys that the queries [first, end) see any of. It begins a multiple of `step` after the range,
+// itself one of eight, as random numbers come.
+static inline KeyRange seen_part(const KeyRange& range, const Sequence& sequence, int64_t first, int64_t end,
+                                 int64_t step) {
+  const int64_t begin = greater(0, sequence.first_seen(first) - range.first) / step * step;
+  return {range.first + begin, smaller(range.count, sequence.end_seen(end) - range.first) - begin};
 }
 
 // Replaces the values [count][PANEL] of hidden pairs.

@@ -222,12 +222,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
 }
 
 std::string cpu_levels() {
-  int count = 0;
-  const trilby::Kernels* const* levels = trilby::available_levels(&count);
   std::string names;
-  for (int i = 0; i < count; i++) names += (i ? " " : "") + std::string(levels[i]->level);
+  for (const trilby::Kernels* level : trilby::available_levels())
+    names += (names.empty() ? "" : " ") + std::string(level->level);
   return names;
 }
+
+std::string why_not_amx() { return trilby::why_not_amx(); }
 
 std::string cpu_level() { return trilby::kernels().level; }
 
@@ -237,12 +238,14 @@ bool use_cpu_level(std::string level) { return trilby::use_level(level.c_str());
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def("cpu_levels() -> str");
+  library.def("why_not_amx() -> str");
   library.def("cpu_level() -> str");
   library.def("use_cpu_level(str level) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
   library.impl("cpu_levels", TORCH_BOX(&cpu_levels));
+  library.impl("why_not_amx", TORCH_BOX(&why_not_amx));
   library.impl("cpu_level", TORCH_BOX(&cpu_level));
   library.impl("use_cpu_level", TORCH_BOX(&use_cpu_level));
 }

@@ -1,12 +1,18 @@
 // Which instruction-set level runs: the best that the processor, the kernel and this build allow, or TRILBY_CPU_ISA.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "kernels.h"
 
 namespace trilby {
 
-// The levels built into this object that this machine can run, worst first; `count` is set to their number.
-const Kernels* const* available_levels(int* count);
+// The levels built into this object that this machine can run, worst first.
+std::vector<const Kernels*> available_levels();
+
+// Why the level `amx` is not among them; empty where it is.
+const std::string& why_not_amx();
 
 // The level in use. The first call chooses it: TRILBY_CPU_ISA if that names an available level, else the best.
 const Kernels& kernels();

@@ -10,6 +10,8 @@ static inline Element* row_of(const View& view, int64_t batch, int64_t head, int
   return static_cast<Element*>(view.data) + batch * view.batch + head * view.head + row * view.row;
 }
 
+static inline int64_t whole_vectors(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
+
 // One row of `columns` elements, `stride` apart, as floats side by side.
 template <class Format>
 static inline void unpack_row(const typename Format::Element* from, int64_t stride, int64_t columns, float* to) {

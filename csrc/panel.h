@@ -31,24 +31,33 @@ static inline int64_t panels_in_tile(int64_t heads, int64_t query_length, int64_
 // Hands out pieces of the thread's scratch memory. First run counts only, second run gives addresses.
 class Carver {
  public:
-  float* take(int64_t floats) {
-    float* piece = memory_ ? memory_ + taken_ : nullptr;
-    taken_ += (floats + 15) / 16 * 16;  // a whole cache line each
+  template <class Number = float>
+  Number* take(int64_t numbers) {
+    Number* piece = memory_ ? reinterpret_cast<Number*>(memory_ + taken_) : nullptr;
+    taken_ += ceiling(numbers * static_cast<int64_t>(sizeof(Number)), 64) * 64;  // whole cache lines
     return piece;
   }
   void allocate() {
-    memory_ = static_cast<float*>(thread_scratch(static_cast<size_t>(taken_) * sizeof(float)));
+    memory_ = static_cast<char*>(thread_scratch(static_cast<size_t>(taken_)));
     taken_ = 0;
   }
 
  private:
-  float* memory_ = nullptr;
+  char* memory_ = nullptr;
   int64_t taken_ = 0;
 };
 
-// Keys and values as packed rows [count][D], [count][Dv].
-struct KeyBlock {
-  const float *keys, *values;
+// Where a pass over scores [BLOCK][PANEL] leaves what becomes of them, two keys at a time: in their place.
+struct KeepInPlace {
+  float* scores;
+  void operator()(int64_t n, int c, Vector first, Vector second) const {
+    store(scores + n * PANEL + c * LANES, first);
+    store(scores + (n + 1) * PANEL + c * LANES, second);
+  }
+};
+
+// The keys first … first + count - 1 of a sequence.
+struct KeyRange {
   int64_t first, count;
 };
 
@@ -64,32 +73,5 @@ struct KeyRows {
     count = smaller(count, sequences.page_size - row);
   }
 };
-
-// `count` rows of key or value, packed: where they are, or in `to`.
-template <class Format>
-static inline const float* load_rows(const AttentionSequences& sequences, const Sequence& sequence, const View& view,
-                                     int64_t head, int64_t first, int64_t count, int64_t columns, float* to) {
-  using Element = typename Format::Element;
-  const KeyRows all(sequences, sequence, first, count);
-  if (all.count == count) {
-    return packed_rows<Format>(row_of<const Element>(view, all.batch, head, all.row), view, count, columns, to);
-  }
-  for (int64_t done = 0; done < count;) {
-    const KeyRows rows(sequences, sequence, first + done, count - done);
-    copy_rows<Format>(row_of<const Element>(view, rows.batch, head, rows.row), view, rows.count, columns,
-                      to + done * columns);
-    done += rows.count;
-  }
-  return to;
-}
-
-template <class Format, class Problem>
-static inline KeyBlock load_block(const Problem& problem, const Sequence& sequence, int64_t head, int64_t first,
-                                  int64_t count, float* keys, float* values) {
-  const AttentionShape& shape = problem.shape;
-  return {load_rows<Format>(problem.sequences, sequence, problem.key, head, first, count, shape.head_dim, keys),
-          load_rows<Format>(problem.sequences, sequence, problem.value, head, first, count, shape.value_dim, values),
-          first, count};
-}
 
 }  // namespace trilby::TRILBY_LEVEL

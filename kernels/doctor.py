@@ -70,6 +70,8 @@ def _lines() -> Iterator[str]:
     )
     if NATIVE.loaded:
         yield f"C++ extension: running {NATIVE.level}; this machine can run {', '.join(NATIVE.levels)} (TRILBY_CPU_ISA)"
+        if NATIVE.why_not_amx:
+            yield f"Not amx, for attention in bfloat16: {NATIVE.why_not_amx}"
     else:
         yield f"C++ extension: none, {NATIVE.reason}"
     yield ""

@@ -35,6 +35,11 @@ class Native:
         return tuple(torch.ops.trilby.cpu_levels().split()) if self.loaded else ()
 
     @property
+    def why_not_amx(self) -> str:
+        """Why the level `amx` is not among them; empty where it is, or where there are none."""
+        return str(torch.ops.trilby.why_not_amx()) if self.loaded else ""
+
+    @property
     def level(self) -> str:
         """The instruction-set level in use."""
         return str(torch.ops.trilby.cpu_level()) if self.loaded else ""

@@ -1,0 +1,315 @@
+// What attention multiplies, forward and backward, on the tile unit: what attention_vectors.h is to vectors of floats.
+//
+// Queries, keys, values, and whatever else is multiplied stay bf16, and so do probabilities and their gradients,
+// rounded as PyTorch's kernel does; scores and sums are float32. A left operand has its steps side by side, a right
+// operand in pairs: Q is transposed as pairs once for each panel, V once for each block and PANELS panels.
+#pragma once
+
+#include "attention_sight.h"
+#include "tile_pack.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+// Head dimensions below this leave so much of a tile's 32 steps empty that vectors multiply as fast: D / 2 cycles for
+// 16 scores (two multiply-adds a cycle), and a tile 1 and its way out of 2. By the count of instructions, not measured.
+constexpr int64_t LEAST_TILED_DIM = 8;
+
+static inline bool multiplied_by_tiles(const AttentionShape& shape) {
+  return shape.dtype == Dtype::bfloat16 && shape.head_dim >= LEAST_TILED_DIM && shape.value_dim >= LEAST_TILED_DIM;
+}
+
+// A block of key or value, as [count][D] and, where it is wanted, as [D][count]. There 0 stands for what is not finite:
+// 0 · NaN is NaN, and what is hidden must not be felt. add_spoiled adds what it gives to those who see it.
+struct TileRows {
+  TileOperand rows, transposed;
+  bool finite;
+
+  TileRows part(int64_t skipped) const {
+    return {{rows.data + skipped * rows.row, rows.row}, {transposed.data + skipped, transposed.row}, finite};
+  }
+};
+
+// `count` rows of key or value. Always copied: a tile's rows at a large power of two would fall into few sets of the
+// cache and evict one another, and rows past the last must be 0.
+static inline TileRows load_tile_rows(const AttentionSequences& sequences, const Sequence& sequence, const View& view,
+                                      int64_t head, const KeyRange& range, int64_t columns, uint16_t* to,
+                                      uint16_t* transposed) {
+  const int64_t width = whole_steps(columns), filled = whole_steps(range.count);
+  for (int64_t done = 0; done < range.count;) {
+    const KeyRows rows(sequences, sequence, range.first + done, range.count - done);
+    copy_numbers(row_of<const uint16_t>(view, rows.batch, head, rows.row), view, rows.count, columns, 1.0f,
+                 to + done * width, width);
+    done += rows.count;
+  }
+  clear_numbers(to + range.count * width, (filled - range.count) * width);
+  if (!transposed) return {{to, width}, {to, width}, true};
+  const bool finite = all_finite(to, range.count * width);
+  if (finite) {
+    transpose_numbers<false>(to, width, whole_tiles(columns), filled, transposed, BLOCK);
+  } else {
+    transpose_numbers<true>(to, width, whole_tiles(columns), filled, transposed, BLOCK);
+  }
+  return {{to, width}, {transposed, BLOCK}, finite};
+}
+
+// out[d][m] += rows[n][d] · weights[n][m] where rows[n][d] is not finite and seen[n][m] is not 0.
+static inline void add_spoiled(TileOperand rows, int64_t count, int64_t columns, const uint16_t* weight_pairs,
+                               const float* seen, float* out) {
+  for (int64_t n = 0; n < count; n++) {
+    for (int64_t d = 0; d < columns; d++) {
+      const uint32_t number = static_cast<uint32_t>(rows.data[n * rows.row + d]) << 16;
+      if ((number & 0x7f800000u) != 0x7f800000u) continue;
+      for (int64_t m = 0; m < PANEL; m += LANES) {
+        Bits pairs;
+        __builtin_memcpy(&pairs, weight_pairs + (n / 2 * PANEL + m) * 2, sizeof pairs);
+        const Vector weights = (Vector)(n % 2 ? pairs & 0xffff0000u : pairs << 16);
+        float* sums = out + d * PANEL + m;
+        const Vector added = load(sums) + weights * (Vector)(Bits{} + number);
+        store(sums, load(seen + n * PANEL + m) != 0.0f ? added : load(sums));
+      }
+    }
+  }
+}
+
+// Floats [count][PANEL], of which those past `count` are not read, as a right operand whose steps are keys.
+static inline void narrow_pairs(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t n = 0; n < count; n += 2) {
+    for (int64_t m = 0; m < PANEL; m += LANES) {
+      const Vector odd = n + 1 < count ? load(from + (n + 1) * PANEL + m) : Vector{};
+      store_pairs(to + n * PANEL + 2 * m, load(from + n * PANEL + m), odd);
+    }
+  }
+}
+
+// Zeros in the steps after `count` of such an operand, up to a whole tile.
+static inline void fill_pairs(int64_t count, uint16_t* pairs) {
+  const int64_t filled = ceiling(count, 2) * 2;
+  clear_numbers(pairs + filled * PANEL, (whole_steps(count) - filled) * PANEL);
+}
+
+static inline bool all_ones(Vector vector) {
+  return _mm512_cmp_ps_mask((__m512)vector, (__m512)broadcast(1.0f), _CMP_NEQ_UQ) == 0;
+}
+
+struct KeyBlock : KeyRange {
+  TileRows keys, values;
+
+  KeyBlock part(const KeyRange& range, const AttentionShape&) const {
+    const int64_t skipped = range.first - first;
+    return {range, keys.part(skipped), values.part(skipped)};
+  }
+};
+
+// Which of key and value are wanted transposed, too.
+enum class Transposed { keys, values };
+
+// The blocks of keys and values of one task.
+template <Transposed WHICH>
+class BlockLoader {
+ public:
+  void place(Carver& carver, const AttentionShape& shape) {
+    keys_ = carver.take<uint16_t>(BLOCK * whole_steps(shape.head_dim));
+    values_ = carver.take<uint16_t>(BLOCK * whole_steps(shape.value_dim));
+    const int64_t columns = WHICH == Transposed::keys ? shape.head_dim : shape.value_dim;
+    transposed_ = carver.take<uint16_t>(whole_tiles(columns) * BLOCK);
+  }
+
+  template <class Format, class Problem>
+  KeyBlock load_block(const Problem& problem, const Sequence& sequence, int64_t head, int64_t first,
+                      int64_t count) const {
+    const AttentionSequences& sequences = problem.sequences;
+    const KeyRange range = {first, count};
+    return {range,
+            load_tile_rows(sequences, sequence, problem.key, head, range, problem.shape.head_dim, keys_,
+                           WHICH == Transposed::keys ? transposed_ : nullptr),
+            load_tile_rows(sequences, sequence, problem.value, head, range, problem.shape.value_dim, values_,
+                           WHICH == Transposed::values ? transposed_ : nullptr)};
+  }
+
+ private:
+  uint16_t *keys_, *values_, *transposed_;
+};
+
+// Probabilities go where the products read them, rounded.
+struct KeepInPairs {
+  uint16_t* pairs;
+  void operator()(int64_t n, int c, Vector first, Vector second) const {
+    store_pairs(pairs + n * PANEL + 2 * c * LANES, first, second);
+  }
+};
+
+struct ForwardProducts {
+  static constexpr int64_t STEP = TILE_NUMBERS;  // parts of a block begin at multiples of so many keys
+  BlockLoader<Transposed::values> blocks;
+
+  static int64_t output_rows(int64_t value_dim) { return whole_tiles(value_dim); }
+
+  void place(Carver& carver, const AttentionShape& shape) {
+    blocks.place(carver, shape);
+    width_ = whole_steps(shape.head_dim);
+    rows_ = carver.take<uint16_t>(PANEL * width_);
+    queries_ = carver.take<uint16_t>(PANELS * width_ * PANEL);
+    probabilities_ = carver.take<uint16_t>(BLOCK * PANEL);
+    seen_ = carver.take(BLOCK * PANEL);
+  }
+
+  template <class Format>
+  void pack_queries(int64_t p, const uint16_t* from, const View& view, int64_t count, int64_t head_dim,
+                    float sign) const {
+    copy_numbers(from, view, count, head_dim, sign, rows_, width_);
+    clear_numbers(rows_ + count * width_, (PANEL - count) * width_);
+    pair_columns(rows_, width_, PANEL, queries_ + p * width_ * PANEL);
+  }
+
+  // Sᵀ[n][m] of panel p.
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape& shape, float* out) const {
+    tile_product<Start::zero>(block.count, PANEL, block.keys.rows, {queries_ + p * width_ * PANEL, 2 * PANEL}, out,
+                              PANEL, shape.head_dim);
+  }
+
+  KeepInPairs keep(float*) const { return {probabilities_}; }
+  void take_probabilities(const float* from, int64_t count) const { narrow_pairs(from, count, probabilities_); }
+
+  // Oᵀ[d][m] = Oᵀ[d][m] · factors[m] + sum over n of V[n][d] · Pᵀ[n][m].
+  void add_values(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float*,
+                  const float* factors, float* outputs) const {
+    for (int64_t m = 0; m < PANEL; m += LANES) {
+      const Vector factor = load(factors + m);
+      if (all_ones(factor)) continue;  // no maximum changed
+      for (int64_t i = m; i < shape.value_dim * PANEL; i += PANEL) store(outputs + i, load(outputs + i) * factor);
+    }
+    fill_pairs(block.count, probabilities_);
+    tile_product<Start::resume>(shape.value_dim, PANEL, block.values.transposed, {probabilities_, 2 * PANEL}, outputs,
+                                PANEL, block.count);
+    if (!block.values.finite) {
+      add_spoiled(block.values.rows, block.count, shape.value_dim, probabilities_,
+                  seen_pairs(sight, block.count, seen_), outputs);
+    }
+  }
+
+ private:
+  int64_t width_;              // of a query, in whole steps
+  uint16_t *rows_, *queries_;  // [PANEL][width]; of PANELS panels, in pairs [width / 2][PANEL]
+  uint16_t* probabilities_;    // in pairs [BLOCK / 2][PANEL]
+  float* seen_;                // [BLOCK][PANEL]
+  TilesInUse tiles_;
+};
+
+// Queries and their gradients of PANELS panels, as right operands: by columns for the scores, by rows for the keys'
+// gradients. Probabilities and the scores' gradients of a block, rounded: by rows as left operands, dSᵀ as a right one,
+// too.
+struct BackwardProducts {
+  static constexpr int64_t STEP = TILE_NUMBERS;  // parts of a block begin at multiples of so many keys
+  BlockLoader<Transposed::keys> blocks;
+
+  static int64_t query_columns(int64_t head_dim) { return whole_tiles(head_dim); }
+  static int64_t key_rows(int64_t keys) { return ceiling(keys, BLOCK) * BLOCK; }
+
+  void place(Carver& carver, const AttentionShape& shape) {
+    blocks.place(carver, shape);
+    width_ = whole_steps(shape.head_dim);
+    value_width_ = whole_steps(shape.value_dim);
+    for (Panel& mine : panels_) {
+      mine.queries_by_columns = carver.take<uint16_t>(width_ * PANEL);
+      mine.grads_by_columns = carver.take<uint16_t>(value_width_ * PANEL);
+      mine.queries_by_rows = carver.take<uint16_t>(width_ * PANEL);
+      mine.grads_by_rows = carver.take<uint16_t>(value_width_ * PANEL);
+    }
+    rows_ = carver.take<uint16_t>(PANEL * greater(width_, value_width_));
+    products_ = carver.take(PANEL * PANEL);
+    probabilities_ = carver.take<uint16_t>(BLOCK * PANEL);
+    grad_scores_ = carver.take<uint16_t>(BLOCK * PANEL);
+    grad_score_pairs_ = carver.take<uint16_t>(BLOCK * PANEL);
+    seen_ = carver.take(BLOCK * PANEL);
+  }
+
+  // Panel p, whose first row is given; delta[m] = sum over d of dO[m][d] · O[m][d], the diagonal of a product by tiles,
+  // as dP is one: a query that sees one key, whose output is that key's value, then has a dS of exactly 0.
+  template <class Format>
+  void load_panel(int64_t p, const AttentionBackward& problem, const uint16_t* query, const uint16_t* grad,
+                  const uint16_t* output, int64_t count, float* delta) const {
+    const Panel& panel = panels_[p];
+    copy_panel(query, problem.query, count, problem.shape.head_dim, width_);
+    pair_columns(rows_, width_, PANEL, panel.queries_by_columns);
+    pair_rows(rows_, width_, PANEL, panel.queries_by_rows);
+    copy_panel(grad, problem.grad_output, count, problem.shape.value_dim, value_width_);
+    pair_columns(rows_, value_width_, PANEL, panel.grads_by_columns);
+    pair_rows(rows_, value_width_, PANEL, panel.grads_by_rows);
+    copy_panel(output, problem.output, count, problem.shape.value_dim, value_width_);
+    tile_product<Start::zero>(PANEL, PANEL, {rows_, value_width_}, {panel.grads_by_columns, 2 * PANEL}, products_,
+                              PANEL, value_width_);
+    for (int64_t m = 0; m < PANEL; m++) delta[m] = products_[m * PANEL + m];
+  }
+
+  // Sᵀ[n][m].
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape&, float* out) const {
+    tile_product<Start::zero>(block.count, PANEL, block.keys.rows, {panels_[p].queries_by_columns, 2 * PANEL}, out,
+                              PANEL, width_);
+  }
+
+  // dPᵀ[n][m].
+  void grad_probabilities(int64_t p, const KeyBlock& block, const AttentionShape&, float* out) const {
+    tile_product<Start::zero>(block.count, PANEL, block.values.rows, {panels_[p].grads_by_columns, 2 * PANEL}, out,
+                              PANEL, value_width_);
+  }
+
+  // Rounds probabilities and the scores' gradients [keys][PANEL].
+  void take(const float* probabilities, const float* grad_scores, int64_t keys) const {
+    narrow_rows(probabilities, keys, probabilities_);
+    narrow_rows(grad_scores, keys, grad_scores_);
+    narrow_pairs(grad_scores, keys, grad_score_pairs_);
+    fill_pairs(keys, grad_score_pairs_);
+  }
+
+  // dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m].
+  void add_to_queries(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float*,
+                      float* grad_queries) const {
+    tile_product<Start::resume>(shape.head_dim, PANEL, block.keys.transposed, {grad_score_pairs_, 2 * PANEL},
+                                grad_queries, PANEL, block.count);
+    if (!block.keys.finite) {
+      add_spoiled(block.keys.rows, block.count, shape.head_dim, grad_score_pairs_,
+                  seen_pairs(sight, block.count, seen_), grad_queries);
+    }
+  }
+
+  // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d].
+  void add_to_values(int64_t p, int64_t keys, const AttentionShape& shape, const float*, float* grad_values) const {
+    const int64_t columns = whole_tiles(shape.value_dim);
+    tile_product<Start::resume>(keys, columns, {probabilities_, PANEL}, {panels_[p].grads_by_rows, 2 * value_width_},
+                                grad_values, columns, PANEL);
+  }
+
+  // dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
+  void add_to_keys(int64_t p, int64_t keys, const AttentionShape& shape, const float*, float* grad_keys) const {
+    const int64_t columns = whole_tiles(shape.head_dim);
+    tile_product<Start::resume>(keys, columns, {grad_scores_, PANEL}, {panels_[p].queries_by_rows, 2 * width_},
+                                grad_keys, columns, PANEL);
+  }
+
+ private:
+  struct Panel {
+    uint16_t *queries_by_columns, *grads_by_columns, *queries_by_rows, *grads_by_rows;
+  } panels_[PANELS];
+  int64_t width_, value_width_;                                 // of a query and of a value, in whole steps
+  uint16_t* rows_;                                              // [PANEL][width]
+  float *products_, *seen_;                                     // [PANEL][PANEL]; [BLOCK][PANEL]
+  uint16_t *probabilities_, *grad_scores_, *grad_score_pairs_;  // [BLOCK][PANEL], and in pairs [BLOCK / 2][PANEL]
+  TilesInUse tiles_;
+
+  void copy_panel(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
+    copy_numbers(from, view, count, columns, 1.0f, rows_, width);
+    clear_numbers(rows_ + count * width, (PANEL - count) * width);
+  }
+
+  // Floats [keys][PANEL] as bf16, and zeros to the end of the last tile.
+  static void narrow_rows(const float* from, int64_t keys, uint16_t* to) {
+    static_assert(PANEL == TILE_NUMBERS);
+    for (int64_t n = 0; n < keys; n++) {
+      const Numbers row = narrowed(load(from + n * PANEL), load(from + n * PANEL + LANES));
+      __builtin_memcpy(to + n * PANEL, &row, sizeof row);
+    }
+    clear_numbers(to + keys * PANEL, (whole_tiles(keys) - keys) * PANEL);
+  }
+};
+
+}  // namespace trilby::TRILBY_LEVEL

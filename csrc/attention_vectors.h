@@ -1,0 +1,211 @@
+// What attention multiplies, forward and backward, as vectors of floats: how queries, keys and values are packed, and
+// the products of a panel and a block. attention_tiles.h is the same on the tile unit.
+#pragma once
+
+#include "attention_sight.h"
+#include "product.h"
+
+namespace trilby::TRILBY_LEVEL {
+
+// `count` rows of key or value, packed: where they are, or in `to`.
+template <class Format>
+static inline const float* load_rows(const AttentionSequences& sequences, const Sequence& sequence, const View& view,
+                                     int64_t head, int64_t first, int64_t count, int64_t columns, float* to) {
+  using Element = typename Format::Element;
+  const KeyRows all(sequences, sequence, first, count);
+  if (all.count == count) {
+    return packed_rows<Format>(row_of<const Element>(view, all.batch, head, all.row), view, count, columns, to);
+  }
+  for (int64_t done = 0; done < count;) {
+    const KeyRows rows(sequences, sequence, first + done, count - done);
+    copy_rows<Format>(row_of<const Element>(view, rows.batch, head, rows.row), view, rows.count, columns,
+                      to + done * columns);
+    done += rows.count;
+  }
+  return to;
+}
+
+// Keys and values as packed rows [count][D], [count][Dv].
+struct KeyBlock : KeyRange {
+  const float *keys, *values;
+
+  KeyBlock part(const KeyRange& range, const AttentionShape& shape) const {
+    const int64_t skipped = range.first - first;
+    return {range, keys + skipped * shape.head_dim, values + skipped * shape.value_dim};
+  }
+};
+
+// The blocks of keys and values of one task.
+class BlockLoader {
+ public:
+  void place(Carver& carver, const AttentionShape& shape) {
+    keys_ = carver.take(BLOCK * shape.head_dim);
+    values_ = carver.take(BLOCK * shape.value_dim);
+  }
+
+  template <class Format, class Problem>
+  KeyBlock load_block(const Problem& problem, const Sequence& sequence, int64_t head, int64_t first,
+                      int64_t count) const {
+    const AttentionSequences& sequences = problem.sequences;
+    const AttentionShape& shape = problem.shape;
+    return {{first, count},
+            load_rows<Format>(sequences, sequence, problem.key, head, first, count, shape.head_dim, keys_),
+            load_rows<Format>(sequences, sequence, problem.value, head, first, count, shape.value_dim, values_)};
+  }
+
+ private:
+  float *keys_, *values_;
+};
+
+struct ForwardProducts {
+  static constexpr int64_t STEP = 8;  // parts of a block begin at multiples of so many keys
+  BlockLoader blocks;
+
+  static int64_t output_rows(int64_t value_dim) { return value_dim; }
+
+  void place(Carver& carver, const AttentionShape& shape) {
+    blocks.place(carver, shape);
+    queries_ = carver.take(PANELS * shape.head_dim * PANEL);
+    seen_ = carver.take(BLOCK * PANEL);
+  }
+
+  template <class Format>
+  void pack_queries(int64_t p, const typename Format::Element* from, const View& view, int64_t count, int64_t head_dim,
+                    float sign) const {
+    pack_transposed<Format>(from, view, count, head_dim, sign, queries_ + p * head_dim * PANEL, PANEL);
+  }
+
+  // Sᵀ[n][m] of panel p.
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape& shape, float* out) const {
+    product<PANEL_VECTORS, Start::zero>(block.count, {block.keys, shape.head_dim, 1},
+                                        queries_ + p * shape.head_dim * PANEL, PANEL, out, PANEL, nullptr,
+                                        shape.head_dim);
+  }
+
+  KeepInPlace keep(float* scores) const { return {scores}; }
+  void take_probabilities(const float*, int64_t) const {}
+
+  // Oᵀ[d][m] = Oᵀ[d][m] · factors[m] + sum over n of V[n][d] · Pᵀ[n][m].
+  void add_values(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float* probabilities,
+                  const float* factors, float* outputs) const {
+    const Operand values = {block.values, 1, shape.value_dim};
+    if (!zero_hides(sight, block.values, block.count, shape.value_dim)) {
+      product<PANEL_VECTORS, Start::rescale, true>(shape.value_dim, values, probabilities, PANEL, outputs, PANEL,
+                                                   factors, block.count, seen_pairs(sight, block.count, seen_));
+    } else {
+      product<PANEL_VECTORS, Start::rescale>(shape.value_dim, values, probabilities, PANEL, outputs, PANEL, factors,
+                                             block.count);
+    }
+  }
+
+ private:
+  float *queries_, *seen_;  // of PANELS panels [D][PANEL]; [BLOCK][PANEL]
+};
+
+// Queries and their gradients of PANELS panels, both as columns [D][PANEL] and as rows [PANEL][D], in whole vectors.
+struct BackwardProducts {
+  static constexpr int64_t STEP = 8;  // parts of a block begin at multiples of so many keys
+  BlockLoader blocks;
+
+  static int64_t query_columns(int64_t head_dim) { return head_dim; }
+  static int64_t key_rows(int64_t keys) { return keys; }
+
+  void place(Carver& carver, const AttentionShape& shape) {
+    blocks.place(carver, shape);
+    for (Panel& mine : panels_) {
+      mine.queries_transposed = carver.take(shape.head_dim * PANEL);
+      mine.grads_transposed = carver.take(shape.value_dim * PANEL);
+      mine.queries = carver.take(PANEL * whole_vectors(shape.head_dim));
+      mine.grads = carver.take(PANEL * whole_vectors(shape.value_dim));
+    }
+    output_transposed_ = carver.take(shape.value_dim * PANEL);
+    seen_ = carver.take(BLOCK * PANEL);
+  }
+
+  // Panel p, whose first row is given; delta[m] = sum over d of dO[m][d] · O[m][d], term by term in the order in which
+  // the products sum dP: a query that sees one key, whose output is that key's value, then has a dS of exactly 0.
+  template <class Format, class Element = typename Format::Element>
+  void load_panel(int64_t p, const AttentionBackward& problem, const Element* query, const Element* grad,
+                  const Element* output, int64_t count, float* delta) const {
+    const int64_t D = problem.shape.head_dim, Dv = problem.shape.value_dim;
+    const Panel& panel = panels_[p];
+    pack_transposed<Format>(query, problem.query, count, D, 1.0f, panel.queries_transposed, PANEL);
+    pack_transposed<Format>(grad, problem.grad_output, count, Dv, 1.0f, panel.grads_transposed, PANEL);
+    pack_padded<Format>(query, problem.query, count, D, panel.queries);
+    pack_padded<Format>(grad, problem.grad_output, count, Dv, panel.grads);
+    pack_transposed<Format>(output, problem.output, count, Dv, 1.0f, output_transposed_, PANEL);
+    for (int m = 0; m < PANEL; m += LANES) {
+      Vector sum = {};
+      for (int64_t i = m; i < Dv * PANEL; i += PANEL) {
+        sum += load(output_transposed_ + i) * load(panel.grads_transposed + i);
+      }
+      store(delta + m, sum);
+    }
+  }
+
+  // Sᵀ[n][m].
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape& shape, float* out) const {
+    product<PANEL_VECTORS, Start::zero>(block.count, {block.keys, shape.head_dim, 1}, panels_[p].queries_transposed,
+                                        PANEL, out, PANEL, nullptr, shape.head_dim);
+  }
+
+  // dPᵀ[n][m].
+  void grad_probabilities(int64_t p, const KeyBlock& block, const AttentionShape& shape, float* out) const {
+    product<PANEL_VECTORS, Start::zero>(block.count, {block.values, shape.value_dim, 1}, panels_[p].grads_transposed,
+                                        PANEL, out, PANEL, nullptr, shape.value_dim);
+  }
+
+  void take(const float*, const float*, int64_t) const {}
+
+  // dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m].
+  void add_to_queries(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float* grad_scores,
+                      float* grad_queries) const {
+    const int64_t D = shape.head_dim;
+    const Operand keys = {block.keys, 1, D};
+    if (!zero_hides(sight, block.keys, block.count, D)) {
+      product<PANEL_VECTORS, Start::resume, true>(D, keys, grad_scores, PANEL, grad_queries, PANEL, nullptr,
+                                                  block.count, seen_pairs(sight, block.count, seen_));
+    } else {
+      product<PANEL_VECTORS, Start::resume>(D, keys, grad_scores, PANEL, grad_queries, PANEL, nullptr, block.count);
+    }
+  }
+
+  // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d].
+  void add_to_values(int64_t p, int64_t keys, const AttentionShape& shape, const float* probabilities,
+                     float* grad_values) const {
+    accumulate(grad_values, keys, probabilities, panels_[p].grads, whole_vectors(shape.value_dim));
+  }
+
+  // dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
+  void add_to_keys(int64_t p, int64_t keys, const AttentionShape& shape, const float* grad_scores,
+                   float* grad_keys) const {
+    accumulate(grad_keys, keys, grad_scores, panels_[p].queries, whole_vectors(shape.head_dim));
+  }
+
+ private:
+  struct Panel {
+    float *queries_transposed, *grads_transposed, *queries, *grads;
+  } panels_[PANELS];
+  float *output_transposed_, *seen_;  // [Dv][PANEL]; [BLOCK][PANEL]
+
+  // `rows` rows of `columns` elements as floats, in whole vectors, with zeros after each and in the rest of the panel.
+  template <class Format>
+  static void pack_padded(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns,
+                          float* to) {
+    const int64_t width = whole_vectors(columns);
+    for (int64_t i = 0; i < PANEL * width; i += LANES) store(to + i, Vector{});
+    for (int64_t m = 0; m < rows; m++) unpack_row<Format>(from + m * view.row, view.column, columns, to + m * width);
+  }
+
+  // gradient[n][d] += sum over m of weights[n][m] · rows[m][d].
+  static void accumulate(float* gradient, int64_t keys, const float* weights, const float* rows, int64_t width) {
+    const Operand by_key = {weights, PANEL, 1};
+    int64_t d = 0;
+    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+      product<2, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+    }
+    if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+  }
+};
+
+}  // namespace trilby::TRILBY_LEVEL

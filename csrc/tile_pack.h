@@ -1,0 +1,125 @@
+// Between tensors of bf16 as they lie in memory, or blocks of floats, and the operands of tile_product.h. Whatever
+// fills up a tile is 0.
+#pragma once
+
+#include "pack.h"
+#include "queue.h"
+#include "tile_product.h"
+
+#include <immintrin.h>
+
+namespace trilby::TRILBY_LEVEL {
+
+typedef uint16_t Numbers __attribute__((vector_size(64)));  // a row of a tile
+static_assert(LANES == TILE_ROWS);
+
+static inline int64_t whole_tiles(int64_t rows) { return ceiling(rows, TILE_ROWS) * TILE_ROWS; }
+static inline int64_t whole_steps(int64_t steps) { return ceiling(steps, TILE_NUMBERS) * TILE_NUMBERS; }
+
+static inline Bits load_bits(const uint32_t* from) { return (Bits)load(reinterpret_cast<const float*>(from)); }
+static inline void store_bits(uint32_t* to, Bits bits) { store(reinterpret_cast<float*>(to), (Vector)bits); }
+
+// `rows` rows of `columns` numbers times `sign` (1, -1 or 0), `width` apart in `to`; zeros after each, up to `width`.
+static inline void copy_numbers(const uint16_t* from, const View& view, int64_t rows, int64_t columns, float sign,
+                                uint16_t* to, int64_t width) {
+  for (int64_t r = 0; r < rows; r++) {
+    const uint16_t* row = from + r * view.row;
+    uint16_t* copy = to + r * width;
+    if (view.column == 1) {
+      __builtin_memcpy(copy, row, static_cast<size_t>(columns) * 2);
+    } else {
+      for (int64_t d = 0; d < columns; d++) copy[d] = row[d * view.column];
+    }
+    __builtin_memset(copy + columns, 0, static_cast<size_t>(width - columns) * 2);
+    for (int64_t d = 0; sign != 1.0f && d < width; d += LANES) {
+      BFloat16::store_vector(copy + d, BFloat16::load_vector(copy + d) * sign);
+    }
+  }
+}
+
+static inline void clear_numbers(uint16_t* numbers, int64_t count) {
+  __builtin_memset(numbers, 0, static_cast<size_t>(count) * 2);
+}
+
+// Whether none of `count` numbers, in whole rows of tiles, is a NaN or an infinity.
+static inline bool all_finite(const uint16_t* numbers, int64_t count) {
+  Numbers spoiled = {};
+  for (int64_t i = 0; i < count; i += TILE_NUMBERS) {
+    Numbers row;
+    __builtin_memcpy(&row, numbers + i, sizeof row);
+    spoiled |= (Numbers)((row & 0x7f80u) == 0x7f80u);
+  }
+  const Bits bits = (Bits)spoiled;
+  uint32_t any = 0;
+  for (int i = 0; i < LANES; i++) any |= bits[i];
+  return any == 0;
+}
+
+// As a right operand whose steps are columns: to[k][m] = from[m][2k], from[m][2k + 1], for m < PANEL's `rows`.
+static inline void pair_columns(const uint16_t* from, int64_t width, int64_t rows, uint16_t* to) {
+  for (int64_t m = 0; m < rows; m += LANES) {
+    for (int64_t d = 0; d < width; d += TILE_NUMBERS) {
+      Vector block[LANES];
+      for (int i = 0; i < LANES; i++) block[i] = load(reinterpret_cast<const float*>(from + (m + i) * width + d));
+      transpose(block);
+      for (int i = 0; i < LANES; i++) store(reinterpret_cast<float*>(to + (d / 2 + i) * 2 * rows + 2 * m), block[i]);
+    }
+  }
+}
+
+// Pair k of columns d … d + 15: even[d + i], odd[d + i]. Numbers that are not finite become 0 where FINITE.
+template <bool FINITE>
+static inline Bits pair_of_rows(const uint16_t* even, const uint16_t* odd) {
+  const auto widened = [](const uint16_t* from) {
+    const Bits bits = (Bits)BFloat16::load_vector(from);
+    return FINITE ? ((bits & 0x7f800000u) == 0x7f800000u ? Bits{} : bits) : bits;
+  };
+  return (widened(even) >> 16) | widened(odd);
+}
+
+// As a right operand whose steps are rows: to[k][d] = from[2k][d], from[2k + 1][d], for an even number of rows.
+static inline void pair_rows(const uint16_t* from, int64_t width, int64_t rows, uint16_t* to) {
+  for (int64_t m = 0; m < rows; m += 2) {
+    for (int64_t d = 0; d < width; d += LANES) {
+      const uint16_t* even = from + m * width + d;
+      const Bits pairs = pair_of_rows<false>(even, even + width);
+      __builtin_memcpy(to + m * width + 2 * d, &pairs, sizeof pairs);
+    }
+  }
+}
+
+// As a left operand: to[d][n] = from[n][d], `steps` numbers a row, for as many rows of `from`, in whole steps, and
+// `columns` of its columns, in whole tiles.
+template <bool FINITE>
+static inline void transpose_numbers(const uint16_t* from, int64_t width, int64_t columns, int64_t rows, uint16_t* to,
+                                     int64_t steps) {
+  for (int64_t n = 0; n < rows; n += TILE_NUMBERS) {
+    for (int64_t d = 0; d < columns; d += LANES) {
+      Vector block[LANES];
+      for (int i = 0; i < LANES; i++) {
+        const uint16_t* even = from + (n + 2 * i) * width + d;
+        block[i] = (Vector)pair_of_rows<FINITE>(even, even + width);
+      }
+      transpose(block);
+      for (int i = 0; i < LANES; i++) store(reinterpret_cast<float*>(to + (d + i) * steps + n), block[i]);
+    }
+  }
+}
+
+// 32 floats as bf16, rounded to nearest even, in memory order: one instruction.
+static inline Numbers narrowed(Vector first, Vector second) {
+  return (Numbers)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+template <int... NUMBER>
+static inline Numbers interleaved(Numbers numbers, std::integer_sequence<int, NUMBER...>) {
+  return __builtin_shufflevector(numbers, numbers, (NUMBER / 2 + NUMBER % 2 * LANES)...);
+}
+
+// 16 pairs of bf16: two instructions.
+static inline void store_pairs(uint16_t* to, Vector even, Vector odd) {
+  const Numbers pairs = interleaved(narrowed(even, odd), std::make_integer_sequence<int, TILE_NUMBERS>{});
+  __builtin_memcpy(to, &pairs, sizeof pairs);
+}
+
+}  // namespace trilby::TRILBY_LEVEL

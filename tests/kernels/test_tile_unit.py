@@ -1,0 +1,178 @@
+"""Attention in bfloat16 on the tile unit (AMX): on a machine that has one, by every test of attention at level `amx`; on
+one that has none, here, by the same tests in a process in which software stands behind the unit's instructions."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from attention_case import Case, gradients, trilby
+from trilby.kernels import doctor
+from trilby.kernels.native import LIBRARY
+from trilby.kernels.ops import NATIVE
+
+HERE = Path(__file__).parent
+COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+BUILT = NATIVE.loaded and NATIVE.why_not_amx != "the compiler that built trilby knows no AMX"
+
+pytestmark = pytest.mark.skipif(
+    not BUILT, reason=f"no kernels for the tile unit to test: {NATIVE.reason or NATIVE.why_not_amx}"
+)
+
+
+@pytest.fixture(scope="module")
+def tile_unit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process with a tile unit in software."""
+    if "amx" in NATIVE.levels:
+        pytest.skip("this machine has a tile unit: every test of attention runs on it")
+    if "avx512" not in NATIVE.levels or COMPILER is None:
+        pytest.skip("no AVX-512, which processors with a tile unit have, or no C++ compiler to build the unit with")
+    library = tmp_path_factory.mktemp("tile_unit") / "tile_unit.so"
+    command = [COMPILER, "-std=c++17", "-O2", "-Wno-psabi", "-fPIC", "-shared", str(HERE / "tile_unit.cpp")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRILBY_CPU_ISA", None)
+    if "CPUID does not fault" in run("", environment).stderr:
+        pytest.skip("this kernel cannot make CPUID fault, so that nothing can stand in for a tile unit")
+    return environment
+
+
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `code` where trilby finds a tile unit."""
+    command = [sys.executable, "-c", f"import emulated_tiles\n{code}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_every_test_of_attention_passes_on_the_tile_unit(tile_unit: dict[str, str]) -> None:
+    """Edges, features, layouts, random sizes, hidden NaN and infinities, every number of threads: in bfloat16."""
+    files = [str(HERE / name) for name in ("test_attention.py", "test_attention_features.py", "test_tile_unit.py")]
+    chosen = "amx and bfloat16 or (amx and threads) or random_sizes or whatever_is_combined or TestTiles"
+    options = ["-q", "-x", "-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "emulated_tiles"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files, "-k", chosen],
+        env=tile_unit, cwd=HERE.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 100, done.stdout[-500:]
+
+
+def test_the_level_is_the_best_and_its_products_are_the_units(tile_unit: dict[str, str]) -> None:
+    code = """
+import torch
+before = emulated_tiles.unit.products()
+query = torch.randn(1, 1, 64, 64)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    torch.ops.trilby.attention(*[query.to(dtype)] * 3, *[None] * 7, 0.125, False, -1, -1, 0.0, 0.0, 0)
+    print(emulated_tiles.unit.products() - before)
+print(emulated_tiles.NATIVE.level, *emulated_tiles.levels)
+"""
+    done = run(code, tile_unit)
+    # Sᵀ: 4 tiles of keys, 4 of queries and 2 of the head dimension; Oᵀ: the same.
+    assert done.stdout.split() == ["0", "0", "64", "amx", "baseline", "avx2", "avx512", "amx"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("refused", "the kernel does not permit AMX: Operation not permitted"),
+        ("wrong", "a product by AMX, computed as a check, is wrong"),
+    ],
+)
+def test_a_tile_unit_that_cannot_be_used_gives_avx512_and_a_reason(
+    trouble: str, reason: str, tile_unit: dict[str, str]
+) -> None:
+    code = "from trilby.kernels.doctor import report; print(report())"
+    done = run(code, tile_unit | {"TILE_UNIT": trouble})
+    assert f"Not amx, for attention in bfloat16: {reason}\n" in done.stdout, done.stderr
+    assert "running avx512; this machine can run baseline, avx2, avx512 (" in done.stdout
+
+
+def test_another_level_by_name_never_touches_the_unit(tile_unit: dict[str, str]) -> None:
+    code = "print(emulated_tiles.NATIVE.level, emulated_tiles.unit.products())"
+    asked = {"TRILBY_CPU_ISA": "avx512", "TILE_UNIT": "unasked"}
+    assert run(code, tile_unit | asked).stdout.split() == ["avx512", "0"]
+
+
+def test_the_doctor_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ("amx" in NATIVE.levels) == (NATIVE.why_not_amx == "")
+    assert ("Not amx" in doctor.report()) == ("amx" not in NATIVE.levels)
+
+
+class TestTiles:
+    """What the level `amx` does alone."""
+
+    @pytest.fixture(autouse=True)
+    def _on_tiles(self) -> Iterator[None]:
+        if "amx" not in NATIVE.levels:
+            pytest.skip(f"no level amx: {NATIVE.why_not_amx}")
+        before = NATIVE.level
+        NATIVE.use_level("amx")
+        yield
+        NATIVE.use_level(before)
+
+    @pytest.mark.parametrize(
+        ("dtype", "D", "Dv", "tiled"),
+        [
+            (torch.bfloat16, 8, 8, True),
+            (torch.bfloat16, 256, 256, True),
+            (torch.bfloat16, 7, 64, False),
+            (torch.bfloat16, 64, 7, False),
+            (torch.float16, 64, 64, False),
+            (torch.float32, 64, 64, False),
+        ],
+    )
+    def test_which_calls_are_multiplied_by_tiles(self, dtype: torch.dtype, D: int, Dv: int, tiled: bool) -> None:
+        """Others are avx512's, bit by bit."""
+        case = Case(1, 2, 2, 70, 90, D, Dv)
+        inputs = case.inputs(dtype)
+        grad_output = torch.randn(1, 2, 70, Dv)
+        results = {}
+        for level in ("avx512", "amx"):
+            NATIVE.use_level(level)
+            output = trilby(*inputs, case)
+            results[level] = output, *gradients(output, inputs, grad_output)
+        same = [torch.equal(a, b) for a, b in zip(*results.values())]
+        assert not any(same) if tiled else all(same)
+
+    @pytest.mark.parametrize("is_causal", [True, False])
+    def test_hidden_keys_and_values_cannot_leak(self, is_causal: bool) -> None:
+        """NaN and infinities in keys and values change no bit of the queries that do not see them, nor of gradients."""
+        case = Case(1, 2, 2, 150, 150, 40, 48, is_causal=is_causal)
+        query, key, value = (tensor.detach() for tensor in case.inputs(torch.bfloat16))
+        grad_output = torch.randn(1, 2, 150, 48)
+        seen = 70 if is_causal else 0
+        grad_output[:, :, seen:] = 0
+        clean = query.clone().requires_grad_(), key, value
+        key, value = key.clone(), value.clone()
+        key[:, :, 70:73] = torch.nan
+        value[:, :, 70:75, ::3] = torch.inf
+        value[:, :, 149] = torch.nan
+        poisoned = query.clone().requires_grad_(), key, value
+        expected, output = trilby(*clean, case), trilby(*poisoned, case)
+        gradient = torch.autograd.grad(output, poisoned[0], grad_output)[0]
+        clean_gradient = torch.autograd.grad(expected, clean[0], grad_output)[0]
+        assert torch.equal(output[:, :, :seen], expected[:, :, :seen])
+        assert output[:, :, seen:].isnan().any(-1).all()
+        assert torch.equal(gradient[:, :, :seen], clean_gradient[:, :, :seen])
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump to read machine code with")
+def test_loops_of_products_hold_nothing_but_tiles() -> None:
+    """In the shipped object: every product by tiles has its operands loaded in its own loop, and no tile is spilled."""
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    tiles = [line for line in code.splitlines() if re.search(r"\btile|tdpbf16ps", line)]
+    assert sum("tdpbf16ps" in line for line in tiles) >= 50
+    # A spilled tile would lie on the stack, a stride of 64 away: the unit's own loads and stores take theirs from
+    # registers that hold addresses of operands.
+    assert not [line for line in tiles if re.search(r"\(%r[sb]p", line) and "ldtilecfg" not in line]
+    assert len([line for line in tiles if "ldtilecfg" in line]) <= len([line for line in tiles if "tilerelease" in line])
