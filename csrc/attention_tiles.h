@@ -100,6 +100,9 @@ struct KeyBlock : KeyRange {
   }
 };
 
+// What a task holds while it multiplies. Nothing may throw meanwhile: its scratch memory is there before.
+using UnitInUse = TilesInUse;
+
 // Which of key and value are wanted transposed, too.
 enum class Transposed { keys, values };
 
@@ -192,7 +195,6 @@ struct ForwardProducts {
   uint16_t *rows_, *queries_;  // [PANEL][width]; of PANELS panels, in pairs [width / 2][PANEL]
   uint16_t* probabilities_;    // in pairs [BLOCK / 2][PANEL]
   float* seen_;                // [BLOCK][PANEL]
-  TilesInUse tiles_;
 };
 
 // Queries and their gradients of PANELS panels, as right operands: by columns for the scores, by rows for the keys'
@@ -294,7 +296,6 @@ struct BackwardProducts {
   uint16_t* rows_;                                              // [PANEL][width]
   float *products_, *seen_;                                     // [PANEL][PANEL]; [BLOCK][PANEL]
   uint16_t *probabilities_, *grad_scores_, *grad_score_pairs_;  // [BLOCK][PANEL], and in pairs [BLOCK / 2][PANEL]
-  TilesInUse tiles_;
 
   void copy_panel(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
     copy_numbers(from, view, count, columns, 1.0f, rows_, width);

@@ -35,6 +35,11 @@ struct KeyBlock : KeyRange {
   }
 };
 
+// What a task holds while it multiplies: of vectors, nothing.
+struct UnitInUse {
+  UnitInUse() {}
+};
+
 // The blocks of keys and values of one task.
 class BlockLoader {
  public:

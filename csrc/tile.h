@@ -35,8 +35,8 @@ static inline void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B) : "memory");
 }
 
-// Whoever holds one has all eight tiles, whole. Configuring costs about as much as a few tile instructions, and while
-// nothing is configured the kernel saves no 8 KiB of tiles when it switches threads: one to each task.
+// Whoever holds one has all eight tiles, whole. While nothing is configured the kernel saves no 8 KiB of tiles when it
+// switches threads: one to each task.
 class TilesInUse {
  public:
   TilesInUse() {

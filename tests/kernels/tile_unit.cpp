@@ -111,46 +111,35 @@ __attribute__((target("avx512f"))) void multiply(int sum, int a, int b) {
   __atomic_fetch_add(&multiplied, 1, __ATOMIC_RELAXED);
 }
 
-// The address of the memory operand after the opcode, and the length of what says it; `stride` is the index register's
-// value where the instruction takes rows so.
+// The memory operand that `modrm` begins: its address but for the index, the index, which is the stride of a tile's
+// rows, and the number of bytes that say so.
 struct Operand {
   int64_t address, stride;
   int length;
 };
 
-Operand memory_operand(const ucontext_t* context, const unsigned char* modrm, int rex_x, int rex_b,
-                       const unsigned char* end_of_modrm_base) {
+Operand memory_operand(const ucontext_t* context, const unsigned char* modrm, int rex_x, int rex_b) {
   const int mod = *modrm >> 6, rm = *modrm & 7;
-  Operand operand = {0, 0, 1};
   const unsigned char* next = modrm + 1;
-  bool no_base = false;
-  int base = rm | rex_b << 3;
-  int64_t index = 0;
+  Operand operand = {0, 0, 0};
+  int base = rm;
   if (rm == 4) {
-    const int sib = *next++;
-    base = (sib & 7) | rex_b << 3;
-    no_base = (sib & 7) == 5 && mod == 0;
-    const int number = ((sib >> 3) & 7) | rex_x << 3;
-    if (number != 4) operand.stride = register_of(context, number) << (sib >> 6);
-    index = operand.stride;
+    const int sib = *next++, index = ((sib >> 3) & 7) | rex_x << 3;
+    if (index != 4) operand.stride = register_of(context, index) << (sib >> 6);
+    base = sib & 7;
   }
-  int64_t displacement = 0;
+  const bool no_base = base == 5 && mod == 0;
+  int32_t displacement = 0;
   if (mod == 1) {
     displacement = static_cast<int8_t>(*next++);
-  } else if (mod == 2 || no_base || (mod == 0 && rm == 5)) {
-    int32_t four;
-    std::memcpy(&four, next, 4);
-    displacement = four;
+  } else if (mod == 2 || no_base) {
+    std::memcpy(&displacement, next, 4);
     next += 4;
   }
   operand.length = static_cast<int>(next - modrm);
-  if (mod == 0 && rm == 5) {
-    operand.address = reinterpret_cast<int64_t>(end_of_modrm_base + operand.length) + displacement;  // after RIP
-  } else {
-    operand.address = (no_base ? 0 : register_of(context, base)) + displacement;
-  }
-  if (rm != 4) index = 0;
-  (void)index;
+  if (!no_base) operand.address = register_of(context, base | rex_b << 3);
+  if (no_base && rm != 4) operand.address = reinterpret_cast<int64_t>(next);  // the next instruction's
+  operand.address += displacement;
   return operand;
 }
 
@@ -180,7 +169,7 @@ bool compute(ucontext_t* context) {
     rip += 5;
     return true;
   }
-  const Operand operand = memory_operand(context, modrm, rex_x, rex_b, modrm);
+  const Operand operand = memory_operand(context, modrm, rex_x, rex_b);
   if (code[3] == 0x49 && prefix == 0 && !registers) {
     configure(reinterpret_cast<const unsigned char*>(operand.address + operand.stride));
     rip += 4 + operand.length;
