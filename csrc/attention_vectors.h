@@ -206,8 +206,12 @@ struct BackwardProducts {
   static void accumulate(float* gradient, int64_t keys, const float* weights, const float* rows, int64_t width) {
     const Operand by_key = {weights, PANEL, 1};
     int64_t d = 0;
-    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+    for (; d + PANEL <= width; d += PANEL) {
+      product<PANEL_VECTORS, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+    }
+    if (PANEL_VECTORS > 2 && d + 2 * LANES <= width) {
       product<2, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
+      d += 2 * LANES;
     }
     if (d < width) product<1, Start::resume>(keys, by_key, rows + d, width, gradient + d, width, nullptr, PANEL);
   }
