@@ -9,6 +9,7 @@ values are read; which of the tiles that fit is fastest, only a GPU can tell.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -346,5 +347,5 @@ def _first(
         serves = serves and row.scores in ("any", "plain" if is_plain else "rich")
         if serves and head_dim <= row.head_dim and q_len <= row.q_len:
             numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
-            return row.tiles if numbers is None else replace(row.tiles, **numbers)
+            return row.tiles if numbers is None else replace(row.tiles, **dict[str, Any](numbers))
     raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")
