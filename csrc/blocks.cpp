@@ -3,10 +3,10 @@
 //     stream + branch ─┬─ norm ─ qkv ─ attention ─ projection ─(+)─┬─ norm ─ expand ─ GELU ─ contract ── branch
 //                      └───────────────────────────────────────────┘─────────────────────────────────── stream
 //
-// Traffic: the weights, once; a block has 12 · C² of them. GPT-2's 124 million, with its decoder's, are 494, 247 and 124
-// MB in float32, bfloat16 and int8, which one thread here reads at 13.3 GB/s by eight streams: no token takes less than
-// 37, 18.6 and 9.3 ms. Measured: 41, 22 and 11.9, of which the products are 41, 20.5 and 10.1, attention to 50 keys 0.45,
-// and the norms and GELU 0.1.
+// Traffic: the weights, once; a block has 12 · C² of them. GPT-2's 124 million, with its decoder's, are 494, 247 and
+// 124 MB in float32, bfloat16 and int8, which one thread here reads at 13.3 GB/s by eight streams: no token takes less
+// than 37, 18.6 and 9.3 ms. Measured: 41, 22 and 11.9, of which the products are 41, 20.5 and 10.1, attention to 50
+// keys 0.45, and the norms and GELU 0.1.
 //
 // What one call saves is what lies between the kernels: each, called from Python, finds the interpreter's code and
 // objects pushed out of the caches by the weights, and takes 20 to 40 µs to begin; a block called as an operator of its

@@ -2,8 +2,8 @@
 
 Alone with its weights a token waits for memory, and every call from Python on top: the interpreter's code and objects
 have left the caches when the next layer's turn comes, for the weights have passed through. Measured on one thread, a
-token of GPT-2 in float32, bfloat16 and int8: the linear layers alone 41, 20.5 and 10.1 ms; with all else called layer by
-layer 46, 25.5 and 15.7; by one call 41, 22 and 11.9.
+token of GPT-2 in float32, bfloat16 and int8: the linear layers alone 41, 20.5 and 10.1 ms; with all else called layer
+by layer 46, 25.5 and 15.7; by one call 41, 22 and 11.9.
 """
 
 from __future__ import annotations
