@@ -13,25 +13,9 @@ import torch
 import torch.nn.functional as F
 import trilby.kernels
 from torch import Tensor, nn
+from trilby.gpt import GPTConfig
 
 from .cases import attention_flops
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model and of its batches."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    batch_size: int
-    length: int
-    vocab_size: int
-
-    @property
-    def shape(self) -> str:
-        """As the table shows them."""
-        return f"{self.n_layer} layers {self.n_head}x{self.n_embd // self.n_head} B={self.batch_size} T={self.length}"
 
 
 @dataclass(frozen=True)
@@ -46,34 +30,38 @@ class Model:
     """
 
     name: str
-    make: Callable[[Sizes], nn.Module]
+    make: Callable[[GPTConfig], nn.Module]
     is_causal: bool = True
     has_dropout: bool = False
 
-    def flops(self, sizes: Sizes, model: nn.Module, direction: Literal["step", "forward"]) -> float:
-        """Floating-point operations: 2 for each parameter that multiplies and token, three times that in a step.
+    def flops(
+        self, config: GPTConfig, batch_size: int, model: nn.Module, direction: Literal["step", "forward"]
+    ) -> float:
+        """Floating-point operations of a batch of whole contexts: 2 for each parameter that multiplies and token.
 
-        The position embedding multiplies nothing; the token embedding does, as the decoder.
+        In a step there are three times as many. The position embedding multiplies nothing; the token embedding does, as
+        the decoder.
         """
-        parameters = sum(p.numel() for p in model.parameters()) - sizes.length * sizes.n_embd
-        of_matrices = 2 * parameters * sizes.batch_size * sizes.length * (3 if direction == "step" else 1)
+        T = config.block_size
+        parameters = sum(p.numel() for p in model.parameters()) - T * config.n_embd
+        of_matrices = 2 * parameters * batch_size * T * (3 if direction == "step" else 1)
         of_attention = attention_flops(
-            sizes.batch_size,
-            sizes.n_head,
-            sizes.length,
-            sizes.n_embd // sizes.n_head,
+            batch_size,
+            config.n_head,
+            T,
+            config.n_embd // config.n_head,
             "forward+backward" if direction == "step" else direction,
         )
-        return of_matrices + sizes.n_layer * of_attention * (1 if self.is_causal else 2)
+        return of_matrices + config.n_layer * of_attention * (1 if self.is_causal else 2)
 
 
 class _Block(nn.Module):
     """A block of a GPT: attention of one projection, and a perceptron, each after its norm."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        C = sizes.n_embd
-        self.n_head = sizes.n_head
+        C = config.n_embd
+        self.n_head = config.n_head
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(2))
         self.qkv, self.project = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.expand, self.contract = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
@@ -91,11 +79,11 @@ class _Block(nn.Module):
 class _Layered(nn.Module):
     """Embeddings of tokens and positions, `layers`, and a decoder that shares the tokens' weights."""
 
-    def __init__(self, sizes: Sizes, layers: nn.Module) -> None:
+    def __init__(self, config: GPTConfig, layers: nn.Module) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(sizes.vocab_size, sizes.n_embd)
-        self.positions = nn.Embedding(sizes.length, sizes.n_embd)
-        self.layers, self.norm = layers, nn.LayerNorm(sizes.n_embd)
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        self.layers, self.norm = layers, nn.LayerNorm(config.n_embd)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -104,35 +92,35 @@ class _Layered(nn.Module):
         return F.linear(self.norm(self.layers(x)), self.tokens.weight)
 
 
-def _gpt(sizes: Sizes) -> nn.Module:
-    return _Layered(sizes, nn.Sequential(*(_Block(sizes) for _ in range(sizes.n_layer))))
+def _gpt(config: GPTConfig) -> nn.Module:
+    return _Layered(config, nn.Sequential(*(_Block(config) for _ in range(config.n_layer))))
 
 
-def _encoder(sizes: Sizes) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(sizes.n_embd, sizes.n_head, 4 * sizes.n_embd, dropout=0.0, batch_first=True)
-    return _Layered(sizes, nn.TransformerEncoder(layer, sizes.n_layer, enable_nested_tensor=False))
+def _encoder(config: GPTConfig) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(config.n_embd, config.n_head, 4 * config.n_embd, dropout=0.0, batch_first=True)
+    return _Layered(config, nn.TransformerEncoder(layer, config.n_layer, enable_nested_tensor=False))
 
 
 class _HuggingFace(nn.Module):
     """transformers' GPT-2, of random weights."""
 
-    def __init__(self, sizes: Sizes, dropout: float) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         with our_folders_hidden():
             transformers = importlib.import_module("transformers")
-            config = transformers.GPT2Config(
-                vocab_size=sizes.vocab_size,
-                n_positions=sizes.length,
-                n_embd=sizes.n_embd,
-                n_layer=sizes.n_layer,
-                n_head=sizes.n_head,
-                attn_pdrop=dropout,
-                embd_pdrop=dropout,
-                resid_pdrop=dropout,
+            of_theirs = transformers.GPT2Config(
+                vocab_size=config.vocab_size,
+                n_positions=config.block_size,
+                n_embd=config.n_embd,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                attn_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                resid_pdrop=config.dropout,
                 bos_token_id=0,
                 eos_token_id=0,
             )
-            self.model: Any = transformers.GPT2LMHeadModel(config)
+            self.model: Any = transformers.GPT2LMHeadModel(of_theirs)
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens, use_cache=False).logits
@@ -155,7 +143,7 @@ MODELS = (
     Model("GPT, plain PyTorch", _gpt),
     Model("nn.TransformerEncoder", _encoder, is_causal=False),
 )
-HUGGING_FACE = (Model("GPT-2, Hugging Face", lambda sizes: _HuggingFace(sizes, 0.0)),)
+HUGGING_FACE = (Model("GPT-2, Hugging Face", _HuggingFace),)
 
 
 def has_transformers() -> bool:
@@ -164,9 +152,9 @@ def has_transformers() -> bool:
         return importlib.util.find_spec("transformers") is not None
 
 
-def hugging_face(sizes: Sizes, dropout: float) -> nn.Module:
+def hugging_face(config: GPTConfig) -> nn.Module:
     """Transformers' GPT-2, of random weights: tokens [B, T] in, logits [B, T, vocab_size] out."""
-    return _HuggingFace(sizes, dropout)
+    return _HuggingFace(config)
 
 
 def models() -> tuple[Model, ...]:

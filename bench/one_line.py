@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trilby.gpt import CharTokenizer, default_text, split
+from trilby.gpt import CharTokenizer, GPTConfig, default_text, split
 from trilby.kernels import activated
 
 from .machine import Ceilings
 from .measure import quantiles
 from .memory import peak_bytes
-from .models import Model, Sizes, models
+from .models import Model, models
 from .results import OURS, RIVAL, Row, Training, Work
 
 _SIDES: dict[str, Callable[[], AbstractContextManager[None]]] = {RIVAL: nullcontext, OURS: activated}
@@ -26,24 +26,25 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """What each model is put to: sizes, and how many steps of training and calls of inference."""
+    """What each model is put to: its shape, batches of whole contexts, and so many steps of training and calls."""
 
-    n_layer: int
-    n_head: int
-    n_embd: int
+    config: GPTConfig
     batch_size: int
-    length: int
     steps: int
     calls: int
 
-    def sizes(self, vocab_size: int) -> Sizes:
-        """For a text of so many different characters."""
-        return Sizes(self.n_layer, self.n_head, self.n_embd, self.batch_size, self.length, vocab_size)
+    @property
+    def shape(self) -> str:
+        """As the table shows it."""
+        config = self.config
+        heads = f"{config.n_head}x{config.n_embd // config.n_head}"
+        return f"{config.n_layer} layers {heads} B={self.batch_size} T={config.block_size}"
 
 
 # Steps of a sixth of a second on two processors: ten give a median, and the whole benchmark is to end in four minutes.
-TRIAL = Trial(3, 6, 384, batch_size=2, length=256, steps=10, calls=16)
-QUICK_TRIAL = Trial(1, 2, 64, batch_size=2, length=64, steps=5, calls=8)
+# Attention is a tenth of a step of one text of 512 tokens; of two of 256, a twentieth, which ten steps do not show.
+TRIAL = Trial(GPTConfig(block_size=512, n_layer=3, n_head=6, n_embd=384), batch_size=1, steps=10, calls=16)
+QUICK_TRIAL = Trial(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=64), batch_size=2, steps=5, calls=8)
 
 
 @dataclass
@@ -81,30 +82,31 @@ def try_models(
     text = default_text()
     tokenizer = CharTokenizer.from_text(text.content)
     tokens = torch.as_tensor(split(tokenizer.encode(text.content)).train)
-    sizes = trial.sizes(tokenizer.vocab_size)
+    trial = replace(trial, config=replace(trial.config, vocab_size=tokenizer.vocab_size))
     rows: list[Row] = []
     trainings = []
     for model in models():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            batches = list(_batches(model, sizes, tokens, trial.steps + 1))
-            contestants = _contestants(model.make(sizes))
+            batches = list(_batches(model, trial, tokens))
+            contestants = _contestants(model.make(trial.config))
         losses, seconds = _train(contestants, batches[1:], advance)
-        rows.append(_row(model, sizes, contestants, "step", seconds, ceilings))
+        rows.append(_row(model, trial, contestants, "step", seconds, ceilings))
         rows[-1] = replace(rows[-1], peak_bytes=_peaks(contestants, *batches[0]))
         seconds = _infer(contestants, batches[0][0], trial.calls, advance)
-        rows.append(_row(model, sizes, contestants, "forward", seconds, ceilings))
-        B, T = sizes.batch_size, sizes.length
-        rates = {name: B * T / quantiles(each).p50 for name, each in rows[-2].seconds.items()}
+        rows.append(_row(model, trial, contestants, "forward", seconds, ceilings))
+        tokens_a_batch = trial.batch_size * trial.config.block_size
+        rates = {name: tokens_a_batch / quantiles(each).p50 for name, each in rows[-2].seconds.items()}
         trainings.append(Training("float32", text.source, losses, rates, model.name))
     return tuple(rows), tuple(trainings)
 
 
-def _batches(model: Model, sizes: Sizes, tokens: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets: the next tokens, or for a model that sees those the tokens themselves."""
-    for _ in range(count):
-        starts = torch.randint(len(tokens) - sizes.length - 1, (sizes.batch_size,)).tolist()
-        batch = torch.stack([tokens[start : start + sizes.length + 1] for start in starts]).long()
+def _batches(model: Model, trial: Trial, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets, one more than there are steps: the next tokens, or the same for a model that sees those."""
+    T = trial.config.block_size
+    for _ in range(trial.steps + 1):
+        starts = torch.randint(len(tokens) - T - 1, (trial.batch_size,)).tolist()
+        batch = torch.stack([tokens[start : start + T + 1] for start in starts]).long()
         yield batch[:, :-1], batch[:, 1:] if model.is_causal else batch[:, :-1]
 
 
@@ -173,12 +175,16 @@ def _peaks(contestants: dict[str, _Contestant], tokens: Tensor, targets: Tensor)
 
 def _row(
     model: Model,
-    sizes: Sizes,
+    trial: Trial,
     contestants: dict[str, _Contestant],
     direction: Literal["step", "forward"],
     seconds: dict[str, tuple[float, ...]],
     ceilings: Ceilings,
 ) -> Row:
-    work = Work(model.flops(sizes, contestants[RIVAL].model, direction), "flop", ceilings.flops["float32"])
+    work = Work(
+        model.flops(trial.config, trial.batch_size, contestants[RIVAL].model, direction),
+        "flop",
+        ceilings.flops["float32"],
+    )
     why = "an unchanged model, with and without activate()"
-    return Row(model.name, sizes.shape, "float32", direction, why, seconds, work)
+    return Row(model.name, trial.shape, "float32", direction, why, seconds, work)

@@ -27,7 +27,7 @@ from trilby.kernels import keep_memory
 
 from .measure import quantiles
 from .memory import peak_bytes
-from .models import Sizes, has_transformers, hugging_face
+from .models import has_transformers, hugging_face
 from .results import OURS, RIVAL
 
 HUGGING_FACE = "Hugging Face"
@@ -107,11 +107,10 @@ def contestants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     B, T = options.batch_size, options.length
     tokens = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(1337))
     lesson = Lesson(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), options.precision)
-    sizes = Sizes(config.n_layer, config.n_head, config.n_embd, B, max(T, config.block_size), config.vocab_size)
     steps = {}
     for name in options.only or (OURS, RIVAL, *(HUGGING_FACE,) * has_transformers()):
         if name == HUGGING_FACE:
-            theirs = hugging_face(sizes, options.dropout)
+            theirs = hugging_face(replace(config, block_size=max(T, config.block_size)))
             steps[name] = lesson.step(theirs, partial(_loss_of_logits, theirs))
         else:
             model = GPT(config, TRILBY if name == OURS else PYTORCH)

@@ -8,14 +8,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from trilby.bench import models as bench_models
 from trilby.bench.machine import Ceilings, Copy, Machine
-from trilby.bench.models import MODELS, Model, Sizes
+from trilby.bench.models import MODELS, Model
 from trilby.bench.one_line import QUICK_TRIAL, TRIAL, trial_steps, try_models
 from trilby.bench.report import foot
 from trilby.bench.results import OURS, RIVAL, Run
+from trilby.gpt import GPTConfig
 from trilby.kernels import explain
 
 CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),))
-SIZES = Sizes(n_layer=2, n_head=2, n_embd=64, batch_size=2, length=64, vocab_size=11)
+CONFIG = GPTConfig(block_size=64, vocab_size=11, n_layer=2, n_head=2, n_embd=64)
 
 
 @pytest.fixture
@@ -44,15 +45,15 @@ def test_every_model_is_trained_and_run(tried):
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_model_calls_pytorchs_functions_alone(model):
-    net = model.make(SIZES)
+    net = model.make(CONFIG)
     found = explain(net, torch.zeros(2, 64, dtype=torch.int64))
     assert {call.operator.partition("::")[0] for call in found} == {"aten"}
-    assert sum(call.function == scaled_dot_product_attention.__name__ for call in found) == SIZES.n_layer
+    assert sum(call.function == scaled_dot_product_attention.__name__ for call in found) == CONFIG.n_layer
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_causal_model_sees_no_later_token_and_another_sees_all(model: Model):
-    net, tokens = model.make(SIZES).eval(), torch.zeros(1, 64, dtype=torch.int64)
+    net, tokens = model.make(CONFIG).eval(), torch.zeros(1, 64, dtype=torch.int64)
     changed = tokens.clone()
     changed[0, 40] = 5
     with torch.no_grad():
@@ -63,13 +64,13 @@ def test_a_causal_model_sees_no_later_token_and_another_sees_all(model: Model):
 
 def test_a_step_does_three_times_the_work_of_a_call():
     model = MODELS[0]
-    net = model.make(SIZES)
-    forward, step = (model.flops(SIZES, net, direction) for direction in ("forward", "step"))
+    net = model.make(CONFIG)
+    forward, step = (model.flops(CONFIG, 2, net, direction) for direction in ("forward", "step"))
     assert 3 * forward < step < 3.5 * forward
 
 
 def test_hugging_faces_model_is_tried_if_it_is_there(monkeypatch):
-    assert TRIAL.sizes(65).shape == "3 layers 6x64 B=2 T=256"
+    assert TRIAL.shape == "3 layers 6x64 B=1 T=512"
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert bench_models.models() == MODELS
 
