@@ -74,9 +74,9 @@ struct Weights {
   const float *weight, *bias;
 };
 
-// Only bf16 gains by rows side by side (NORM_WIDE_ROW).
+// Wide rows side by side (NORM_WIDE_ROW). One by one, fp32 (64, 12288) in the cache took 1.18 times as long.
 template <class Format>
-constexpr int FORWARD_ROWS = std::is_same_v<Format, BFloat16> ? ROWS_AT_ONCE : 1;
+constexpr int FORWARD_ROWS = std::is_same_v<Format, Float16> ? 1 : ROWS_AT_ONCE;
 
 template <class Format, bool BRANCH, Stores STORES>
 class Forward {
