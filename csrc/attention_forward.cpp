@@ -63,8 +63,8 @@ struct Panel {
 };
 
 // Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by. The
-// vectors of a panel take turns key by key: one alone would wait for its own maximum. Probabilities go to keep(n, c, of
-// key n, of key n + 1).
+// vectors of a panel take turns key by key: one alone would wait for its own maximum. Probabilities go to keep(n, c,
+// those of the keys from n on).
 template <class Keep>
 void online_softmax(const float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors,
                     const Keep& keep) {
@@ -75,19 +75,25 @@ void online_softmax(const float* scores, int64_t keys, float scale, float* maxim
   }
   // Nothing seen yet: -inf - 0, not -inf + inf.
   for (int c = 0; c < PANEL_VECTORS; c++) shift[c] = maximum[c] == -INFINITE ? Vector{} : maximum[c];
-  const auto probability = [&](int64_t n, int c) __attribute__((always_inline)) {
-    const Vector result = exp2_of_nonpositive((load(scores + n * PANEL + c * LANES) - shift[c]) * scale);
-    sum[c] += result;
-    return result;
-  };
   int64_t n = 0;
-  for (; n + 2 <= keys; n += 2) {
+  for (; n + Keep::KEYS <= keys; n += Keep::KEYS) {
     for (int c = 0; c < PANEL_VECTORS; c++) {
-      const Vector first = probability(n, c);
-      keep(n, c, first, probability(n + 1, c));
+      Vector results[Keep::KEYS];
+      for (int key = 0; key < Keep::KEYS; key++) {
+        const Vector score = load(scores + (n + key) * PANEL + c * LANES);
+        results[key] = exp2_of_nonpositive((score - shift[c]) * scale);
+        sum[c] += results[key];
+      }
+      keep(n, c, results);
     }
   }
-  for (int c = 0; n < keys && c < PANEL_VECTORS; c++) keep(n, c, probability(n, c), Vector{});
+  if constexpr (Keep::KEYS == 2) {
+    for (int c = 0; n < keys && c < PANEL_VECTORS; c++) {
+      const Vector last = exp2_of_nonpositive((load(scores + n * PANEL + c * LANES) - shift[c]) * scale);
+      sum[c] += last;
+      keep(n, c, {last, Vector{}});
+    }
+  }
   for (int c = 0; c < PANEL_VECTORS; c++) {
     const Vector factor = exp2_of_nonpositive((load(maxima + c * LANES) - shift[c]) * scale);
     store(factors + c * LANES, factor);

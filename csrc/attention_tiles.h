@@ -135,9 +135,10 @@ class BlockLoader {
 
 // Probabilities go where the products read them, rounded.
 struct KeepInPairs {
+  static constexpr int KEYS = 2;  // at once
   uint16_t* pairs;
-  void operator()(int64_t n, int c, Vector first, Vector second) const {
-    store_pairs(pairs + n * PANEL + 2 * c * LANES, first, second);
+  void operator()(int64_t n, int c, const Vector (&results)[KEYS]) const {
+    store_pairs(pairs + n * PANEL + 2 * c * LANES, results[0], results[1]);
   }
 };
 

@@ -52,12 +52,12 @@ class Carver {
   int64_t taken_ = 0;
 };
 
-// Where a pass over scores [BLOCK][PANEL] leaves what becomes of them, two keys at a time: in their place.
+// Where a pass over scores [BLOCK][PANEL] leaves what becomes of them: in their place.
 struct KeepInPlace {
+  static constexpr int KEYS = 1;  // at once
   float* scores;
-  void operator()(int64_t n, int c, Vector first, Vector second) const {
-    store(scores + n * PANEL + c * LANES, first);
-    store(scores + (n + 1) * PANEL + c * LANES, second);
+  void operator()(int64_t n, int c, const Vector (&results)[KEYS]) const {
+    store(scores + n * PANEL + c * LANES, results[0]);
   }
 };
 
