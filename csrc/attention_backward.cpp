@@ -130,8 +130,8 @@ void score_gradients(const AttentionBackward& problem, const Head& head, const P
                      const Sight& sight, const Workspace& work) {
   const AttentionRule& rule = problem.rule;
   const int64_t keys = block.count;
-  work.products.scores(panel.number, block, problem.shape, work.probabilities);
-  work.products.grad_probabilities(panel.number, block, problem.shape, work.grad_scores);
+  work.products.scores(panel.number, block, problem.shape, sight, work.probabilities);
+  work.products.grad_probabilities(panel.number, block, problem.shape, sight, work.grad_scores);
   float scale = rule.scale;
   if (adjusts(rule)) {
     adjust(rule, scale, head.sequence, head.query_head, sight, keys, work.probabilities, work.slopes);
@@ -173,9 +173,9 @@ void back_propagate(const AttentionBackward& problem, const Head& head, const Pa
   }
   if (wanted != Wanted::query) {
     const int64_t skipped = block.first - whole.first;
-    products.add_to_values(panel.number, block.count, shape, work.probabilities,
+    products.add_to_values(panel.number, block, shape, sight, work.probabilities,
                            grad_values + skipped * whole_vectors(shape.value_dim));
-    products.add_to_keys(panel.number, block.count, shape, work.grad_scores,
+    products.add_to_keys(panel.number, block, shape, sight, work.grad_scores,
                          grad_keys + skipped * whole_vectors(shape.head_dim));
   }
 }

@@ -115,7 +115,7 @@ void attend(const AttentionForward& problem, const Head& head, const Panel& pane
                          work.mask);
   if (sight.mask.hides_all) return;
   const Scale scale(rule);
-  work.products.scores(panel.number, block, shape, work.scores);
+  work.products.scores(panel.number, block, shape, sight, work.scores);
   if (adjusts(rule)) {
     adjust(rule, scale.size, head.sequence, head.query_head, sight, block.count, work.scores, nullptr);
   }

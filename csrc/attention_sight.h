@@ -73,16 +73,20 @@ static inline MaskBlock load_mask(const AttentionRule& rule, const Sequence& seq
 //                                                       2      1 1 1       keys [0, 2) are hidden from the last query,
 //                                                       3        1 1 1     keys [2, 5) from the first
 struct Sight {
-  int64_t shift, before, after;
+  int64_t queries, shift, before, after;
   int64_t past, future;  // keys [0, past) are hidden from the last query, [future, count) from the first
   MaskBlock mask;
 
   Sight(const Sequence& sequence, int64_t first_query, const KeyRange& block)
-      : shift(first_query - block.first),
+      : queries(smaller(sequence.queries - first_query, PANEL)),
+        shift(first_query - block.first),
         before(sequence.before),
         after(sequence.after),
         past(greater(0, smaller(block.count, shift + PANEL - 1 - before))),
-        future(greater(0, smaller(block.count, shift + after + 1))) {}
+        future(greater(0, smaller(block.count, end_seen(0)))) {}
+
+  // Keys from this one on are hidden from the queries [0, query].
+  int64_t end_seen(int64_t query) const { return query + shift + after + 1; }
 
   bool hides(const KeyRange& block) const { return past > 0 || future < block.count || mask.hides_some; }
 };

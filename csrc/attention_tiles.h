@@ -166,7 +166,7 @@ struct ForwardProducts {
   }
 
   // Sᵀ[n][m] of panel p.
-  void scores(int64_t p, const KeyBlock& block, const AttentionShape& shape, float* out) const {
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape& shape, const Sight&, float* out) const {
     tile_product<Start::zero>(block.count, PANEL, block.keys.rows, {queries_ + p * width_ * PANEL, 2 * PANEL}, out,
                               PANEL, shape.head_dim);
   }
@@ -245,13 +245,13 @@ struct BackwardProducts {
   }
 
   // Sᵀ[n][m].
-  void scores(int64_t p, const KeyBlock& block, const AttentionShape&, float* out) const {
+  void scores(int64_t p, const KeyBlock& block, const AttentionShape&, const Sight&, float* out) const {
     tile_product<Start::zero>(block.count, PANEL, block.keys.rows, {panels_[p].queries_by_columns, 2 * PANEL}, out,
                               PANEL, width_);
   }
 
   // dPᵀ[n][m].
-  void grad_probabilities(int64_t p, const KeyBlock& block, const AttentionShape&, float* out) const {
+  void grad_probabilities(int64_t p, const KeyBlock& block, const AttentionShape&, const Sight&, float* out) const {
     tile_product<Start::zero>(block.count, PANEL, block.values.rows, {panels_[p].grads_by_columns, 2 * PANEL}, out,
                               PANEL, value_width_);
   }
@@ -276,16 +276,18 @@ struct BackwardProducts {
   }
 
   // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d].
-  void add_to_values(int64_t p, int64_t keys, const AttentionShape& shape, const float*, float* grad_values) const {
+  void add_to_values(int64_t p, const KeyBlock& block, const AttentionShape& shape, const Sight&, const float*,
+                     float* grad_values) const {
     const int64_t columns = whole_tiles(shape.value_dim);
-    tile_product<Start::resume>(keys, columns, {probabilities_, PANEL}, {panels_[p].grads_by_rows, 2 * value_width_},
-                                grad_values, columns, PANEL);
+    tile_product<Start::resume>(block.count, columns, {probabilities_, PANEL},
+                                {panels_[p].grads_by_rows, 2 * value_width_}, grad_values, columns, PANEL);
   }
 
   // dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
-  void add_to_keys(int64_t p, int64_t keys, const AttentionShape& shape, const float*, float* grad_keys) const {
+  void add_to_keys(int64_t p, const KeyBlock& block, const AttentionShape& shape, const Sight&, const float*,
+                   float* grad_keys) const {
     const int64_t columns = whole_tiles(shape.head_dim);
-    tile_product<Start::resume>(keys, columns, {grad_scores_, PANEL}, {panels_[p].queries_by_rows, 2 * width_},
+    tile_product<Start::resume>(block.count, columns, {grad_scores_, PANEL}, {panels_[p].queries_by_rows, 2 * width_},
                                 grad_keys, columns, PANEL);
   }
 

@@ -49,7 +49,8 @@ static inline const float* packed_rows(const typename Format::Element* from, con
 template <class Format>
 static inline void pack_transposed(const typename Format::Element* from, const View& view, int64_t rows,
                                    int64_t columns, float scale, float* to, int64_t width) {
-  for (int64_t m = 0; m < width; m += LANES) {
+  int64_t m = 0;
+  for (; m < rows; m += LANES) {
     for (int64_t d = 0; d < columns; d += LANES) {
       const int64_t count = columns - d < LANES ? columns - d : LANES;
       Vector block[LANES];
@@ -68,6 +69,9 @@ static inline void pack_transposed(const typename Format::Element* from, const V
       transpose(block);
       for (int64_t i = 0; i < count; i++) store(to + (d + i) * width + m, block[i]);
     }
+  }
+  for (; m < width; m += LANES) {
+    for (int64_t d = 0; d < columns; d++) store(to + d * width + m, Vector{});
   }
 }
 

@@ -1,17 +1,17 @@
-// The one matrix product that attention is made of, forward and backward: a register tile of ROWS x C vectors.
+// The one matrix product that attention is made of, forward and backward: a register tile of R x C vectors.
 //
 // out[r][c] (+)= sum over k of a[r][k] · b[k][c], with a read one element at a time (broadcast to all lanes, so any
-// stride will do and K and V need no transposition) and b and out as vectors. Each step of k costs C vector loads and
-// ROWS broadcasts for ROWS · C multiply-adds.
+// stride will do and K and V need no transposition) and b and out as vectors. Each step of k costs C vector loads and R
+// broadcasts for R · C multiply-adds.
 #pragma once
 
 #include "vector.h"
 
 namespace trilby::TRILBY_LEVEL {
 
-// Rows of the register tile: with a panel's vectors 24 accumulators of AVX-512's 32 registers, 12 of the 16 that the
-// others have. With four vectors, 5 rows measured 0.95 of this speed, and 7, which spill, 0.85.
-constexpr int ROWS = 6;
+// Rows of the register tile. AVX-512 has 32 registers: 24 accumulators of four vectors (5 rows measured 0.95 of this
+// speed, and 7, which spill, 0.85), 16 of two, more of which measured the same. The others have 16: 12 of two.
+constexpr int rows_beside(int vectors) { return LANES == 16 && vectors <= 2 ? 8 : 6; }
 
 // A float matrix; strides count elements.
 struct Operand {
@@ -58,8 +58,8 @@ static inline void product_tile(Operand a, const float* b, int64_t b_step, float
   }
 }
 
-// C vectors of columns, any number of rows: tiles of ROWS, then of the powers of two below it.
-template <int C, Start START, bool MASKED = false, int R = ROWS>
+// C vectors of columns, any number of rows: tiles of rows_beside(C), then of the powers of two below.
+template <int C, Start START, bool MASKED = false, int R = rows_beside(C)>
 static inline void product(int64_t rows, Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
                            const float* factor, int64_t steps, const float* seen = nullptr) {
   for (; rows >= R; rows -= R) {
