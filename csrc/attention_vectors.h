@@ -65,7 +65,7 @@ class BlockLoader {
 // How many of a block's keys, from the first on, each half of a wide panel's columns multiplies. Fewer where the
 // diagonal hides the others from all of the half, and none where a sequence's last panel has no queries there. What is
 // left out stays as it was: hide() writes over the one, and nothing reads the other. Measured on AVX-512, one thread,
-// against whole panels: 1.2 times as fast at T = 32 and 96, 1.04 at 256.
+// causal, against whole panels: 1.20 times as fast at T = 32, 1.10 at 64, 1.03 at 128 and 256, and the same beyond.
 struct PanelHalves {
   static constexpr bool APART = PANEL_VECTORS > 2;  // a half of one vector would wait for its own sums
   static constexpr int VECTORS = APART ? PANEL_VECTORS / 2 : PANEL_VECTORS;

@@ -29,9 +29,12 @@ enum class Start {
 
 // MASKED: column c takes part in step k only where seen[k][c], laid out as b, is not 0, and is not touched elsewhere,
 // not even by 0 · NaN.
+// Inlined wherever it is used, so that the compiler knows which of an operand's strides is 1: as a function,
+// attention's forward was 0.9 times as fast.
 template <int R, int C, Start START, bool MASKED>
-static inline void product_tile(Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
-                                const float* factor, int64_t steps, const float* seen) {
+__attribute__((always_inline)) static inline void product_tile(Operand a, const float* b, int64_t b_step, float* out,
+                                                               int64_t out_row, const float* factor, int64_t steps,
+                                                               const float* seen) {
   Vector sum[R][C] = {};
   for (int64_t k = 0; k < steps; k++) {
     Vector columns[C];
@@ -60,8 +63,9 @@ static inline void product_tile(Operand a, const float* b, int64_t b_step, float
 
 // C vectors of columns, any number of rows: tiles of rows_beside(C), then of the powers of two below.
 template <int C, Start START, bool MASKED = false, int R = rows_beside(C)>
-static inline void product(int64_t rows, Operand a, const float* b, int64_t b_step, float* out, int64_t out_row,
-                           const float* factor, int64_t steps, const float* seen = nullptr) {
+__attribute__((always_inline)) static inline void product(int64_t rows, Operand a, const float* b, int64_t b_step,
+                                                          float* out, int64_t out_row, const float* factor,
+                                                          int64_t steps, const float* seen = nullptr) {
   for (; rows >= R; rows -= R) {
     product_tile<R, C, START, MASKED>(a, b, b_step, out, out_row, factor, steps, seen);
     a.data += R * a.row;
