@@ -17,7 +17,8 @@ bench: $(READY)
 test: export OMP_WAIT_POLICY = passive
 test: lint types
 	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
-	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m slow
+	$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "slow and not alone"
+	$(PYTHON) -m pytest -m alone
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

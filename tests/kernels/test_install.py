@@ -171,12 +171,14 @@ print({info["filepath"] for info in threadpoolctl.threadpool_info()} - before)
         assert python(code, []).strip() == "set()"
 
     @pytest.mark.slow
+    @pytest.mark.alone
     def test_one_job_builds_it_in_two_minutes_and_two_gigabytes(self, tmp_path: Path, blocker: Path) -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         site = build_wheel(tmp_path, blocker, MAX_JOBS="1")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Seconds of a processor, not of a clock, which counts what else the machine does: 100 were seen, 25 of them for
-        # norms, which took 100 when every pass over a row was inlined wherever it is called.
+        # Seconds of a processor, not of a clock, which counts what else the machine does: 110 were seen, 25 of them for
+        # norms, which took 100 when every pass over a row was inlined wherever it is called; the fattest is avx512's
+        # attention_decode with 11.
         assert after.ru_utime - before.ru_utime < 120
         assert after.ru_maxrss < 2 * 1024 * 1024  # KiB
         assert python(RIGHT_NUMBERS, [site]).strip() == "LOADED True"
