@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "isa.h"
@@ -15,6 +16,7 @@ namespace trilby {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
+using Optional = std::optional<Tensor>;
 
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {

@@ -3,8 +3,6 @@
 // again.
 #include "bindings.h"
 
-#include <optional>
-
 #include "blocks.h"
 
 namespace {
@@ -12,8 +10,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using trilby::empty_contiguous;
+using trilby::Optional;
 using trilby::sizes_of;
-using Optional = std::optional<Tensor>;
 
 // The parameters, in the order of kernels/blocks.py, each checked as it is taken.
 class Parameters {

@@ -1,18 +1,16 @@
 // torch's side of the extension, for the linear layer: the trilby::linear operator on CPU tensors.
 #include "bindings.h"
 
-#include <optional>
-
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using trilby::dtype_of;
 using trilby::empty_contiguous;
+using trilby::Optional;
 using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::torch_threads;
-using Optional = std::optional<Tensor>;
 
 void check_parameter(const Optional& tensor, int64_t outputs, ScalarType dtype, const char* name, const char* wanted) {
   STD_TORCH_CHECK(!tensor || (tensor->dim() == 1 && tensor->sizes()[0] == outputs && tensor->is_contiguous() &&

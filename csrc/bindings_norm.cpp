@@ -2,7 +2,6 @@
 #include "bindings.h"
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 
 #include "norm_plan.h"
@@ -16,11 +15,11 @@ using trilby::dtype_of;
 using trilby::empty;
 using trilby::empty_contiguous;
 using trilby::NormShape;
+using trilby::Optional;
 using trilby::Rows;
 using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::torch_threads;
-using Optional = std::optional<Tensor>;
 
 Tensor absent(ScalarType dtype) { return empty({0}, {1}, dtype); }
 

@@ -4,7 +4,7 @@
 // by an operator of trilby that kernels/provider.py fills with the kernel that was there before. That takes longer than
 // computing a tiny norm (8 µs against 2), so only norms that no kernel of trilby's can compute take that way.
 #include "attention_plan.h"
-#include "bindings.h"
+#include "bindings_statistics.h"
 #include "norm_plan.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -14,25 +14,26 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <tuple>
 
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::StableLibrary;
 using torch::stable::detail::to;
+using trilby::adjacent;
 using trilby::empty;
 using trilby::empty_contiguous;
+using trilby::Floats;
+using trilby::Kept;
+using trilby::Optional;
 using trilby::Sizes;
 using trilby::sizes_of;
+using trilby::Statistics;
 using trilby::view_of;
-using Optional = std::optional<Tensor>;
 
 // Which calls of attention are worth taking; kernels/attention_rules.py says why.
 struct Limits {
@@ -301,9 +302,6 @@ trilby::NormShape norm_shape(const Tensor& input, const Sizes& row, const Option
   return {input.numel() / width, width, dtype, weight_dtype, true, static_cast<float>(eps)};
 }
 
-// The same elements side by side: the tensor itself, or a copy, as PyTorch makes one.
-Tensor adjacent(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
 Optional adjacent(const Optional& tensor) { return tensor ? Optional(adjacent(*tensor)) : std::nullopt; }
 
 const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
@@ -311,70 +309,6 @@ const void* data_of(const Optional& tensor) { return tensor ? tensor->const_data
 trilby::Rows rows_of(const Tensor& contiguous, const trilby::NormShape& shape) {
   return {const_cast<void*>(contiguous.const_data_ptr()), 1, {shape.rows}, {shape.width}};
 }
-
-// Floats for the length of a call. A few lie on the stack: to have torch allocate them takes half a microsecond.
-class Floats {
- public:
-  explicit Floats(int64_t count) {
-    if (count > FEW) many_ = empty({count}, {1}, ScalarType::Float);
-  }
-  float* data() { return many_ ? many_->mutable_data_ptr<float>() : few_; }
-
- private:
-  static constexpr int64_t FEW = 2048;
-  alignas(64) float few_[FEW];
-  Optional many_;
-};
-
-template <typename From, typename To>
-void convert(const void* from, int64_t count, void* to) {
-  const From* source = static_cast<const From*>(from);
-  std::transform(source, source + count, static_cast<To*>(to),
-                 [](From element) { return static_cast<To>(static_cast<float>(element)); });
-}
-
-// mean or rstd of each row as PyTorch keeps it: in the parameters' dtype, and without parameters in the input's.
-class Kept {
- public:
-  Kept(const Sizes& sizes, int64_t rows, ScalarType dtype)
-      : tensor_(empty_contiguous(sizes, dtype)), rows_(rows), floats_(dtype == ScalarType::Float ? 0 : rows) {}
-
-  // What a kernel writes to.
-  float* data() {
-    return tensor_.scalar_type() == ScalarType::Float ? tensor_.mutable_data_ptr<float>() : floats_.data();
-  }
-
-  Tensor tensor() {
-    const ScalarType dtype = tensor_.scalar_type();
-    if (dtype == ScalarType::BFloat16) convert<float, BFloat16>(floats_.data(), rows_, tensor_.mutable_data_ptr());
-    if (dtype == ScalarType::Half) convert<float, Half>(floats_.data(), rows_, tensor_.mutable_data_ptr());
-    return tensor_;
-  }
-
- private:
-  Tensor tensor_;
-  int64_t rows_;
-  Floats floats_;
-};
-
-// mean or rstd of each row, as a kernel reads it.
-class Statistics {
- public:
-  explicit Statistics(const Tensor& kept)
-      : from_(adjacent(kept)), floats_(kept.scalar_type() == ScalarType::Float ? 0 : kept.numel()) {}
-
-  const float* data() {
-    const ScalarType dtype = from_.scalar_type();
-    if (dtype == ScalarType::Float) return from_.const_data_ptr<float>();
-    if (dtype == ScalarType::BFloat16) convert<BFloat16, float>(from_.const_data_ptr(), from_.numel(), floats_.data());
-    if (dtype == ScalarType::Half) convert<Half, float>(from_.const_data_ptr(), from_.numel(), floats_.data());
-    return floats_.data();
-  }
-
- private:
-  Tensor from_;
-  Floats floats_;
-};
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, const Optional& given_weight,
                                               const Optional& given_bias, double eps) {
