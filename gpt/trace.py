@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from trilby import kernels
 
-from .model import GPT, AddNorm, CausalSelfAttention
+from .model import GPT, MLP, AddNorm, CausalSelfAttention
 
-# The layers with a choice of kernels that can be seen; what else a block has is matrix products.
-TRACED = (AddNorm, CausalSelfAttention)
+# The layers with a choice of kernels.
+TRACED = (AddNorm, CausalSelfAttention, MLP)
+# The layer that a token's way through all blocks in one call is told of as.
+ALL_BLOCKS = "h.*, ln_f"
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,22 @@ def _alike(traces: Sequence[Trace]) -> Iterator[tuple[str, str]]:
 @contextmanager
 def _watched(model: GPT, found: list[Trace]) -> Iterator[None]:
     """Append a `Trace` to `found` for each kernel that a traced layer calls."""
-    watched = {name: module for name, module in model.named_modules() if isinstance(module, TRACED)}
-    for name, module in watched.items():
-        module.forward = _telling(module, name.removeprefix("transformer."), found)  # type: ignore[method-assign]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TRACED)}
+    watched: list[tuple[nn.Module, str, str]] = [(model.transformer, "decode", ALL_BLOCKS)]
+    watched += [(module, "forward", name.removeprefix("transformer.")) for name, module in layers.items()]
+    for module, method, name in watched:
+        setattr(module, method, _telling(getattr(module, method), name, found))
     try:
         yield
     finally:
-        for module in watched.values():
-            del module.forward  # the class's is there again
+        for module, method, _ in watched:
+            delattr(module, method)  # the class's is there again
 
 
-def _telling(module: nn.Module, name: str, found: list[Trace]) -> Callable[..., Any]:
-    forward = module.forward
-
+def _telling(method: Callable[..., Any], name: str, found: list[Trace]) -> Callable[..., Any]:
     def tell(*arguments: Any, **options: Any) -> Any:
         results: list[Any] = []
-        explained = kernels.explain(lambda: results.append(forward(*arguments, **options)))
+        explained = kernels.explain(lambda: results.append(method(*arguments, **options)))
         found.extend(Trace(name, str(each), each.is_trilbys) for each in explained)
         return results[0]
 

@@ -36,6 +36,7 @@ _KNOWN_AS = {
     "trilby::add_norm": "add_layer_norm or add_rms_norm",
     "trilby::norm_backward": "norm, backward",
     "trilby::linear": "linear",
+    "trilby::decode_blocks": "decode_blocks",
     "trilby::gelu": "gelu",
     "trilby::gelu_backward": "gelu, backward",
     "aten::linear": "linear",

@@ -58,6 +58,7 @@ _COMPUTED = (
     "trilby::add_norm",
     "trilby::norm_backward",
     "trilby::linear",
+    "trilby::decode_blocks",
     "trilby::gelu",
     "trilby::gelu_backward",
 )

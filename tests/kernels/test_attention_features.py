@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from attention_case import DTYPES, gradients, needs_extension
 from attention_features import FEATURES, Call, Judged, seen_pairs
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from trilby.kernels.options import AttentionOptions
@@ -43,15 +43,16 @@ def test_as_exact_as_pytorch_whatever_is_combined(data: st.DataObject) -> None:
     sequences = data.draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=4))
     bound = st.one_of(st.just(-1), st.integers(0, 100))
     heads = data.draw(st.integers(1, 2))
+    # Not smaller: of a gradient of a few numbers PyTorch's error is now and then next to nothing by luck.
     call = Call(
         lambda call, dtype: AttentionOptions(),
         B=1 if sequences else data.draw(st.integers(1, 2)),
         H=heads * data.draw(st.integers(1, 2)),
         Hkv=heads,
-        T=sum(queries for queries, _ in sequences) + data.draw(st.integers(1, 60)),
-        S=sum(keys for _, keys in sequences) + data.draw(st.integers(1, 60)),
-        D=data.draw(st.integers(1, 70)),
-        Dv=data.draw(st.integers(1, 70)),
+        T=sum(queries for queries, _ in sequences) + data.draw(st.integers(8, 60)),
+        S=sum(keys for _, keys in sequences) + data.draw(st.integers(8, 60)),
+        D=data.draw(st.integers(8, 70)),
+        Dv=data.draw(st.integers(8, 70)),
         lengths=tuple(sequences),
     )
     count, dtype = len(sequences) or call.B, data.draw(st.sampled_from(DTYPES))
@@ -75,6 +76,8 @@ def test_as_exact_as_pytorch_whatever_is_combined(data: st.DataObject) -> None:
         dropout_p=dropout_p,
     )  # fmt: skip
     call = replace(call, T=call.T + 1, S=call.S + 1) if sequences else call  # the first row is nobody's
+    # A query of one key has a gradient of 0, which the factor of dropout makes a rounding, in the output, here.
+    assume(not dropout_p or bool((seen_pairs(call, options).sum(-1) > 1).any()))
     check(Judged.of(replace(call, ask=lambda call, dtype: options), dtype))
 
 
