@@ -106,7 +106,9 @@ def work_of(config: GPTConfig, request: Request, ceilings: Ceilings) -> Work:
     size = {"float32": 4, "bfloat16": 2, "int8": 1}[request.weights]
     multiplying = parameter_count(config) - config.block_size * config.n_embd
     moved = size * multiplying * request.new
-    operations = 2.0 * multiplying * request.batch_size * (request.prompt + request.new - 1)
+    logits = config.vocab_size * config.n_embd  # of each new token alone; all else of every token that is read
+    per_text = (multiplying - logits) * (request.prompt + request.new - 1) + logits * request.new
+    operations = 2.0 * per_text * request.batch_size
     rate = ceilings.flops["bfloat16" if request.weights == "bfloat16" else "float32"]
     read, multiplied = Work(moved, "byte", ceilings.bandwidth(moved)), Work(operations, "flop", rate)
     return max(read, multiplied, key=lambda work: work.amount / work.ceiling)
