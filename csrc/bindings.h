@@ -35,9 +35,8 @@ inline Sizes sizes_of(const Tensor& tensor) {
 inline Tensor empty(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
