@@ -167,7 +167,7 @@ def _kernel(launch: Launch, subject: Subject, target: Target) -> KernelFinding:
         programs * launch.warps,
         processor.partitions * processor.warps,
         tuple(_loops(launch, subject.head_dim, target)) if subject.head_dim else (),
-        traffic(launch.ttir) if subject.width else None,
+        traffic(launch.ttir, launch.constants.get("BLOCK_M", 1)) if subject.width else None,
     )
 
 

@@ -19,7 +19,7 @@ _POINTERS = re.compile(r"(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]*(\d+)>")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one program moves: `per_row` in each turn of its loop over rows, and `once` outside of it."""
+    """Bytes that one program moves: `per_row` in its loop over rows, and `once` outside of it."""
 
     per_row: int
     once: int
@@ -29,8 +29,8 @@ class Traffic:
         return self.per_row * rows + self.once * programs
 
 
-def traffic(ttir: str) -> Traffic:
-    """Read a kernel; a kernel without a loop over rows has one row for each program.
+def traffic(ttir: str, rows: int = 1) -> Traffic:
+    """Read a kernel whose loop takes so many `rows` at once; one without such a loop has one row for each program.
 
     Loops whose bounds are constants (the chunks of a wide row) are multiplied out; any other is the loop over rows.
     """
@@ -54,7 +54,7 @@ def traffic(ttir: str) -> Traffic:
             loop = _LOOP.search(body)
             turns.append(_turns(loop.groups(), constants) if loop else 1)
             has_rows = has_rows or turns[-1] is None
-    return Traffic(in_rows, outside) if has_rows else Traffic(0, outside)
+    return Traffic(in_rows // rows, outside) if has_rows else Traffic(0, outside)
 
 
 def _turns(bounds: tuple[str, ...], constants: dict[str, int]) -> int | None:

@@ -9,26 +9,26 @@ import triton.language as tl
 @triton.jit
 def dropout_factors(
     seed: tl.tensor,  # [1] int64
-    row: tl.tensor,
+    rows: tl.tensor,  # [BLOCK_M, 1]
     first_column: tl.tensor,  # a multiple of 64
     threshold: tl.tensor,  # of 2^32, the words below which drop an element
     kept_scale: tl.tensor,
     BLOCK_N: tl.constexpr,  # a multiple of 64
 ) -> tl.tensor:
-    """[BLOCK_N] float32 from first_column on: 0 where an element is dropped, kept_scale where not.
+    """[BLOCK_M, BLOCK_N] float32 from first_column on: 0 where an element is dropped, kept_scale where not.
 
     Philox4x32-10 counts (16 * (column // 64) + column % 16, row, plane 0) and yields the words of the four columns
     that are 16 apart: a quarter of the calls that one a column would take.
     """
-    lanes = tl.arange(0, BLOCK_N // 4) + first_column // 4
-    wide_row = tl.full([BLOCK_N // 4], 0, tl.int64) + row
-    row_low = (wide_row & 0xFFFFFFFF).to(tl.uint32)
-    row_high = (wide_row >> 32).to(tl.uint32)
-    plane = tl.full([BLOCK_N // 4], 0, tl.uint32)
-    word0, word1, word2, word3 = tl.philox(tl.load(seed), lanes.to(tl.uint32), row_low, row_high, plane)
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # [BLOCK_N / 4, 2, 2], word 2 i + j at [:, i, j]
-    words = tl.permute(tl.reshape(words, [BLOCK_N // 64, 16, 4]), [0, 2, 1])
-    words = tl.reshape(words, [BLOCK_N])
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    zero = tl.full([BLOCK_M, BLOCK_N // 4], 0, tl.int64)
+    lanes = (zero + (tl.arange(0, BLOCK_N // 4) + first_column // 4)[None, :]).to(tl.uint32)
+    row_low = ((zero + rows) & 0xFFFFFFFF).to(tl.uint32)
+    row_high = ((zero + rows) >> 32).to(tl.uint32)
+    word0, word1, word2, word3 = tl.philox(tl.load(seed), lanes, row_low, row_high, zero.to(tl.uint32))
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # word 2 i + j at [..., i, j]
+    words = tl.permute(tl.reshape(words, [BLOCK_M, BLOCK_N // 64, 16, 4]), [0, 1, 3, 2])
+    words = tl.reshape(words, [BLOCK_M, BLOCK_N])
     return tl.where(words >= threshold.to(tl.uint32), kept_scale, 0.0)
 
 

@@ -44,7 +44,9 @@ def load_summed(
     if branch is not None:
         added = tl.load(branch + columns * branch_stride_n, mask=mask, other=0.0).to(tl.float32)
         if seed is not None:
-            added *= dropout_factors(seed, row, first_column, dropout_threshold, dropout_scale, BLOCK_N)
+            rows = tl.full([1, 1], 0, tl.int32) + row
+            factors = dropout_factors(seed, rows, first_column, dropout_threshold, dropout_scale, BLOCK_N)
+            added *= tl.reshape(factors, [BLOCK_N])
         summed = (summed.to(tl.float32) + added).to(summed.dtype)
     return summed
 
@@ -239,7 +241,7 @@ def norm_forward_call(
     read = (stream,) if branch is None else (stream, branch)
     return Call(
         kernel=norm_forward_kernel if width <= tiles.block_n else norm_forward_wide_kernel,
-        grid=(min(rows, tiles.programs),),
+        grid=(tiles.programs_of(rows),),
         arguments={
             "residual_stream": stream,
             "branch": branch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .measured import measured_numbers
 from .targets import Device
@@ -10,11 +10,22 @@ from .targets import Device
 
 @dataclass(frozen=True)
 class NormTiles:
-    """How a norm kernel is cut: `programs` at most walk over the rows, `block_n` columns at a time."""
+    """How a norm kernel is cut: at most `programs` walk over rows, `block_m` rows and `block_n` columns at a time."""
 
     block_n: int
     num_warps: int
     programs: int
+    block_m: int = 1
+
+    def programs_of(self, rows: int, chunks: int = 1) -> int:
+        """How many of them walk over so many rows in so many chunks: the fewest that need no more turns than all would.
+
+        4096 rows on 132 multiprocessors are 32 turns, for 128 programs as well; each less reads its weights and writes
+        its part of their gradients.
+        """
+        blocks = -(-rows // self.block_m)
+        turns = -(-blocks // max(self.programs // chunks, 1))
+        return -(-blocks // max(turns, 1))
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class NormRow:
 
     Attributes:
         width: The widest it serves.
-        num_warps: The launch parameter.
+        num_warps: The launch parameter, of warps of 32 threads; half as many of AMD's 64.
         reason: Why so many.
         drops: It serves dropout too.
         spills: Targets where float32 runs out of registers, by a few: reading the row twice would cost more.
@@ -49,23 +60,25 @@ NORM_FORWARD = (
         spills=("sm_120",),
     ),
 )
+# One program on a processor: each writes a part of the weights' gradients, 8 bytes a column, which four programs of 4
+# warps would write four times. 16 warps ask for 16 KiB of half precision at once, as those would.
 NORM_BACKWARD = (
-    NormRow(256, 1, "8 elements a thread, each with 5 float32 values that live through the loop"),
-    NormRow(1024, 4, "8 elements a thread"),
-    NormRow(2048, 8, "8 elements a thread"),
+    NormRow(1024, 16, "8 elements a thread, of 4 rows at once, of shorter rows more; 73 registers with a bias"),
+    NormRow(4096, 16, "8 elements a thread, of one row or two; 98 of 128 registers with dropout"),
     NormRow(
         8192,
         16,
-        "up to 16 elements a thread: 80 of the 128 registers that 512 threads may have; on sm_100 8 bytes spill",
+        "16 elements a thread take all 128 registers that 512 threads may have; on sm_100 8 bytes spill",
         spills=("sm_100",),
     ),
 )
 # A chunk of a row that is wider than its table goes. Of 4096 columns LLVM unrolls the 16 that 65,536 take, and spills.
 WIDE = NormRow(2048, 4, "16 elements a thread; with 8, in 8 warps, 2 registers spill on sm_100")
-# Enough warps on a processor to hide the memory's latency; the backward has half of it, for each program writes
-# its part of the weights' gradient.
+# Enough warps on a processor to hide the memory's latency.
 FORWARD_WARPS = 32
 BACKWARD_WARPS = 16
+# What a thread has of several rows at least: 16 bytes of half precision, the widest access there is.
+ELEMENTS = 8
 
 
 def norm_forward_tiles(device: Device, width: int, drops: bool = False) -> NormTiles:
@@ -76,7 +89,10 @@ def norm_forward_tiles(device: Device, width: int, drops: bool = False) -> NormT
 
 def norm_backward_tiles(device: Device, width: int) -> NormTiles:
     """The launch parameters of the backward for rows of `width` elements; wider ones than block_n go in chunks."""
-    return _norm_tiles("norm_backward", NORM_BACKWARD, BACKWARD_WARPS, device, width)
+    tiles = _norm_tiles("norm_backward", NORM_BACKWARD, BACKWARD_WARPS, device, width)
+    if width > tiles.block_n:
+        return tiles
+    return replace(tiles, block_m=max(tiles.num_warps * device.target.warp_size * ELEMENTS // tiles.block_n, 1))
 
 
 def _norm_tiles(name: str, table: tuple[NormRow, ...], warps: int, device: Device, width: int) -> NormTiles:
@@ -88,5 +104,6 @@ def _norm_tiles(name: str, table: tuple[NormRow, ...], warps: int, device: Devic
     else:
         row, block_n = WIDE, WIDE.width
     numbers = None if row is WIDE else measured_numbers((name, device.target.name, "", row.width, 0))
-    num_warps = row.num_warps if numbers is None else numbers["num_warps"]
-    return NormTiles(block_n, num_warps, device.processors * max(warps // num_warps, 1))
+    warps_of_32 = device.target.warp_size // 32
+    num_warps = max(row.num_warps // warps_of_32, 1) if numbers is None else numbers["num_warps"]
+    return NormTiles(block_n, num_warps, device.processors * max(warps // (num_warps * warps_of_32), 1))

@@ -20,7 +20,7 @@ from triton.runtime.errors import TritonError
 from ..options import AttentionOptions
 from .attention_launch import TABLES, Row, place_of
 from .measured import Measured, Place, trying
-from .norm_launch import NORM_BACKWARD, NORM_FORWARD
+from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
 from .targets import Device
 
 # How much faster an answer must be than the table's row: less is noise on most GPUs.
@@ -71,13 +71,17 @@ def questions(
                     (candidates or attention_candidates)(row),
                     partial(_attention_call, name, row, torch_device),
                 )
-    for name, norms in (("norm_forward", NORM_FORWARD), ("norm_backward", NORM_BACKWARD)):
+    for name, norms, tiles in (
+        ("norm_forward", NORM_FORWARD, norm_forward_tiles),
+        ("norm_backward", NORM_BACKWARD, norm_backward_tiles),
+    ):
         for norm_row in norms:
             if not only or name in only:
+                own = tiles(device, norm_row.width).num_warps
                 yield Question(
                     (name, device.target.name, "", norm_row.width, 0),
-                    {"num_warps": norm_row.num_warps},
-                    tuple({"num_warps": warps} for warps in (1, 2, 4, 8, 16) if warps != norm_row.num_warps),
+                    {"num_warps": own},
+                    tuple({"num_warps": warps} for warps in (1, 2, 4, 8, 16) if warps != own),
                     partial(_norm_call, name, norm_row.width, torch_device),
                 )
 

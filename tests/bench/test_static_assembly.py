@@ -94,6 +94,10 @@ def test_what_is_moved_in_the_loop_over_rows_and_outside_of_it():
     assert Traffic(10, 3).total(rows=100, programs=7) == 1021
 
 
+def test_a_loop_that_takes_several_rows_moves_less_for_each():
+    assert traffic(KERNEL, rows=2) == Traffic(traffic(KERNEL).per_row // 2, traffic(KERNEL).once)
+
+
 def test_a_kernel_without_a_loop_moves_all_once():
     straight = KERNEL.replace("%0 to %rows step %1", "%c0_i32 to %c512_i32 step %c512_i32")
     assert traffic(straight).per_row == 0

@@ -221,6 +221,24 @@ def test_norm_programs_fill_the_device(width):
         assert tiles.num_warps * 32 <= 1024
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("width", [64, 100, 1024, 4096])
+def test_a_backward_thread_has_16_bytes_of_a_row(target, width):
+    tiles = norm_launch.norm_backward_tiles(Device(target, 132), width)
+    assert tiles.block_m * tiles.block_n == 8 * tiles.num_warps * target.warp_size
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 264, 4096, 5000, 10**6])
+@pytest.mark.parametrize("chunks", [1, 3, 500])
+def test_norms_have_the_fewest_programs_that_finish_as_early(rows, chunks):
+    tiles = norm_launch.NormTiles(block_n=1024, num_warps=16, programs=132, block_m=4)
+    blocks, most = -(-rows // 4), max(132 // chunks, 1)
+    programs = tiles.programs_of(rows, chunks)
+    assert programs <= most
+    assert programs * -(-blocks // most) >= blocks
+    assert (programs - 1) * -(-blocks // most) < max(blocks, 1)
+
+
 def test_an_architecture_that_no_row_serves_is_refused_by_name():
     assert target_of("sm_90").name == "sm_90"
     assert all(target_of(name).name == served for name, served in NEAREST.items())

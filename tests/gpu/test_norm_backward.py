@@ -8,6 +8,7 @@ from trilby.kernels import reference
 from trilby.kernels.gpu.norm_launch import NormTiles
 
 CHUNKS = NormTiles(block_n=64, num_warps=1, programs=2)  # rows of more than 64 elements go by in chunks
+SEVERAL = NormTiles(block_n=128, num_warps=1, programs=2, block_m=4)  # rows at once; of 10, the last block has 2
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("grad_stream", "grad_branch", "grad_weight", "grad_bias")
 
@@ -73,6 +74,22 @@ def test_chunks(kernels, width, centered, dtype):
     assert_exact(kernels, *inputs(20, width, dtype=dtype), centered, tiles=CHUNKS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("centered", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("rows", [1, 4, 7, 10])
+def test_several_rows_at_once(kernels, rows, centered, dtype):
+    assert_exact(kernels, *inputs(rows, 100, dtype=dtype), centered, tiles=SEVERAL)
+
+
+def test_rows_beyond_the_last_are_left_alone(kernels):
+    """The last block of rows ends beyond the tensors: what lies there is neither read nor written."""
+    summed, grad, weight, bias = inputs(12, 100)
+    expected = gradients(kernels, summed[:10].clone(), grad[:10].clone(), weight, bias, tiles=SEVERAL)
+    summed[10:], grad[10:] = float("nan"), float("nan")
+    ours = gradients(kernels, summed[:10], grad[:10], weight, bias, tiles=SEVERAL)
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [8192, 8193, 65536])
 def test_wide_rows(kernels, width):
@@ -118,7 +135,7 @@ def test_any_strides(kernels, layout, position):
     assert all(torch.equal(one, other) for one, other in zip(ours, expected))
 
 
-@pytest.mark.parametrize("tiles", [None, CHUNKS])
+@pytest.mark.parametrize("tiles", [None, CHUNKS, SEVERAL])
 def test_the_sum_and_dropout(kernels, tiles):
     stream, grad, weight, bias = inputs(10, 100)
     branch, grad_summed = inputs(10, 100, seed=1)[:2]
@@ -161,7 +178,11 @@ def test_what_does_not_fit_is_refused_by_name(kernels, error, name, change):
 @pytest.mark.parametrize(
     ("mistake", "old", "new"),
     [
-        ("the sum of gradients is left out", "grad_input -= tl.sum(gradient, 0) / WIDTH", "grad_input -= 0.0"),
+        (
+            "the sum of gradients is left out",
+            "grad_input -= tl.sum(gradient, 1, keep_dims=True) / WIDTH",
+            "grad_input -= 0.0",
+        ),
         ("a program forgets its earlier rows", "grad_weight += gradient * unit", "grad_weight = gradient * unit"),
         ("rstd is left out", "grad_input * row_rstd", "grad_input"),
         ("the last part is not summed", "(rows < programs)", "(rows < programs - 1)"),
