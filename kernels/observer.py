@@ -83,7 +83,7 @@ def _provide() -> None:
         library = Library(namespace, "IMPL")
         LIBRARIES.append(library)
         for key, below in [(key, get_kernel(operator, key)) for key in keys if has_kernel(operator, key)]:
-            library.impl(name, _kernel(operator, below), key, with_keyset=True)
+            library.impl(name, _kernel(operator, below), key, with_keyset=True, allow_override=True)
 
 
 def _withdraw() -> None:

@@ -79,7 +79,7 @@ def _without_warning(change: Callable[[], None]) -> None:
             libraries = [Library("trilby", kind) for kind in ("FRAGMENT", "IMPL", "IMPL")]
             libraries[0].define("overridden() -> ()")
             for library in libraries[1:]:
-                library.impl("overridden", lambda: None, "CPU")
+                library.impl("overridden", lambda: None, "CPU", allow_override=True)
         for library in reversed(libraries):
             library._destroy()
         change()
@@ -110,7 +110,8 @@ def has_kernel_of_its_own(operator: str, key: str) -> bool:
 def stand_in(operator: str, keys: tuple[str, ...], call: Callable[..., StandIn]) -> Library:
     """Put trilby in PyTorch's place for `operator` until the library is destroyed.
 
-    What trilby does not compute runs the kernel that was there before.
+    What trilby does not compute runs the kernel that was there before. They are stacked on purpose, which older
+    PyTorch refuses where it is not said.
     """
     namespace, name = operator.split("::")
     library = Library(namespace, "IMPL")
@@ -122,5 +123,5 @@ def stand_in(operator: str, keys: tuple[str, ...], call: Callable[..., StandIn])
                 return _below.call_boxed(keyset, *given, **named)
             return asked.compute()
 
-        library.impl(name, kernel, key, with_keyset=True)
+        library.impl(name, kernel, key, with_keyset=True, allow_override=True)
     return library
