@@ -45,7 +45,7 @@ _KNOWN_AS = {
 # What `activate` leaves as it is: only trilby's own functions tell of it.
 _NEVER_OVERRIDDEN = ("aten::linear", "aten::gelu")
 _LAYER_NORM = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
-_COMPOSED = composed.ATTENTION | composed.NORM
+_COMPOSED = composed.ATTENTION | composed.ENCODER | composed.NORM
 _ON_GPU = provider_on_gpu.ATTENTION | provider_on_gpu.NORM
 NOT_ACTIVATED = "trilby is not activated (trilby.kernels.activate())"
 
@@ -179,12 +179,7 @@ def _reasons(call: Call) -> Iterator[str]:
         return
     if not active:
         yield NOT_ACTIVATED
-    if name == "aten::_native_multi_head_attention":
-        yield (
-            "PyTorch's fast path for inference computes attention and its projections in one operator; "
-            "torch.backends.mha.set_fastpath_enabled(False) leaves attention to trilby"
-        )
-    elif name in _COMPOSED:
+    if name in _COMPOSED and call.device == "cpu":
         yield from _COMPOSED[name](**arguments).reasons_for_pytorch()
     elif call.device == "cuda":
         yield from _ON_GPU[name](**arguments).reasons_for_pytorch()

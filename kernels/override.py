@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,8 +90,8 @@ def _without_warning(change: Callable[[], None]) -> None:
 class StandIn(Protocol):
     """A call of an operator of PyTorch's that trilby may compute; made of the operator's arguments."""
 
-    def reasons_for_pytorch(self) -> tuple[str, ...]:
-        """Every reason why it stays PyTorch's."""
+    def reasons_for_pytorch(self) -> Iterable[str]:
+        """Every reason why it stays PyTorch's; the first that comes decides."""
 
     def compute(self) -> Any:
         """What the operator returns, by trilby."""
@@ -119,7 +119,7 @@ def stand_in(operator: str, keys: tuple[str, ...], call: Callable[..., StandIn])
 
         def kernel(keyset: torch._C.DispatchKeySet, *given: Any, _below: Any = below, **named: Any) -> Any:
             asked = call(*given, **named)
-            if asked.reasons_for_pytorch():
+            if any(asked.reasons_for_pytorch()):
                 return _below.call_boxed(keyset, *given, **named)
             return asked.compute()
 

@@ -86,6 +86,7 @@ def _provide_attention() -> None:
             [queries for limits in rules.FEWEST_IN_PLACE.values() for queries in limits],
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
+        _stand_in("attention", composed.KEYS_OF_ENCODER, composed.ENCODER)
 
 
 def _withdraw_attention() -> None:
@@ -138,7 +139,7 @@ def activate() -> None:
     `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, `F.layer_norm`,
     `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
     and backward, until `restore`. Attention that trilby has no faster kernel for (few queries, float64) stays
-    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do norms in other dtypes than float32,
+    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do short encoders in inference, norms in other dtypes than float32,
     bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is
     activating once.
 

@@ -242,7 +242,7 @@ REFUSED = {
     "handed over by trilby's own function": (lambda: rms_norm(torch.ones(4, 64), (64,)), "256 elements"),
     "the fast path": (
         lambda: torch.no_grad()(nn.TransformerEncoderLayer(128, 4, batch_first=True).eval())(torch.ones(1, 64, 128)),
-        "set_fastpath_enabled",
+        "64 queries, fewer than 512, in an encoder's inference",
     ),
 }
 

@@ -1,0 +1,190 @@
+"""Encoders in inference: PyTorch's one operator of attention and its projections, with trilby in its place."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from activation import DTYPES
+from tolerance import assert_as_exact_as
+from torch import Tensor, nn
+from trilby.kernels import activated, attention_rules, composed, explain, strict
+from trilby.kernels.ops import NATIVE
+
+pytestmark = [
+    pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to run: {NATIVE.reason}"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+]
+B, T, C, H = 3, 70, 64, 4
+OPERATOR = "aten::_native_multi_head_attention"
+
+
+@pytest.fixture(autouse=True)
+def any_length(monkeypatch) -> Iterator[None]:
+    """No encoder's attention is too short for trilby."""
+    limits = attention_rules.FEWEST_IN_ENCODER
+    monkeypatch.setattr(attention_rules, "FEWEST_IN_ENCODER", dict.fromkeys(limits, (1, 1)))
+
+
+def encoder(dtype: torch.dtype = torch.float32, **options: object) -> nn.TransformerEncoderLayer:
+    """The same weights in every dtype."""
+    torch.manual_seed(5)
+    return nn.TransformerEncoderLayer(C, H, 2 * C, batch_first=True, **options).eval().to(dtype)
+
+
+def text(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(B, T, C, generator=torch.Generator().manual_seed(6)).to(dtype)
+
+
+def padding() -> Tensor:
+    """[B, T], true where there is nothing to see: nowhere, at the end, at the beginning."""
+    place = torch.arange(T)
+    return torch.stack([place < 0, place >= T - 20, place < 9])
+
+
+CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
+MASKS = {
+    "none": {},
+    "of padding": {"src_key_padding_mask": padding()},
+    "for all": {"src_mask": CAUSAL},
+    "for all, in numbers": {"src_mask": torch.zeros(T, T).masked_fill(CAUSAL, -torch.inf)},
+    "of each head": {"src_mask": CAUSAL.repeat(B * H, 1, 1)},
+    "for all and of padding": {"src_mask": CAUSAL, "src_key_padding_mask": padding()[:2].repeat(2, 1)[:B].flip(0)},
+}
+KINDS = {"relu": {}, "gelu, norms first": {"activation": "gelu", "norm_first": True}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_an_encoder_is_as_exact_as_pytorchs(dtype, mask, kind):
+    def run(dtype_of_run: torch.dtype) -> Tensor:
+        layer = encoder(dtype, **kind).to(dtype_of_run)
+        given = {name: m.to(dtype_of_run) if m.is_floating_point() else m for name, m in mask.items()}
+        return layer(text(dtype).to(dtype_of_run), **given)
+
+    rival, truth = run(dtype), run(torch.float64)
+    with activated():
+        ours = run(dtype)
+        first = explain(run, dtype)[int(kind != {})]
+    assert (first.operator, first.is_trilbys) == (OPERATOR, True)
+    assert (ours.dtype, ours.stride()) == (rival.dtype, rival.stride())
+    seen = ~torch.isnan(truth)  # PyTorch's operator has no number where no key is seen
+    assert_as_exact_as(ours[seen], rival[seen], truth[seen], "encoder")
+
+
+@torch.no_grad()
+def test_the_exactness_of_an_encoder_can_fail(monkeypatch):
+    """A scale that is a hundredth too large is an error too large."""
+    options = composed.AttentionOptions
+    rival, truth = encoder()(text()), encoder(torch.float64)(text().double())
+    monkeypatch.setattr(composed, "AttentionOptions", lambda mask, scale: options(mask=mask, scale=1.01 * scale))
+    with activated(), pytest.raises(AssertionError, match="error"):
+        assert_as_exact_as(encoder()(text()), rival, truth, "encoder")
+
+
+@torch.no_grad()
+def test_a_query_that_sees_no_key_gets_the_bias_as_in_training():
+    layer = nn.MultiheadAttention(C, H, batch_first=True).eval()
+    nn.init.normal_(layer.out_proj.bias)
+    hidden = torch.tensor([[False], [True], [False]]).expand(B, T)
+    x = text()
+    assert layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0][1].isnan().all()
+    with activated(), strict():
+        output = layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+    assert torch.equal(output[1], layer.out_proj.bias.expand(T, C))
+    assert not output.isnan().any()
+
+
+def attend(**options: object) -> Callable[[], object]:
+    layer = nn.MultiheadAttention(C, H, batch_first=True).eval()
+    x = text()
+    return lambda: layer(x, x, x, **options)
+
+
+def operator(x: Tensor, *, key: Tensor | None = None, **options: object) -> Callable[[], object]:
+    layer = nn.MultiheadAttention(C, H).to(x.dtype)
+    parameters = layer.in_proj_weight, layer.in_proj_bias, layer.out_proj.weight, layer.out_proj.bias
+    given = {"need_weights": False} | options
+    keys = x if key is None else key
+    return lambda: torch._native_multi_head_attention(x, keys, keys, C, H, *parameters, **given)
+
+
+LEFT = {
+    "weights": (attend(), "need_weights is True"),
+    "float64": (operator(text().double()), "dtypes are torch.float64"),
+    "other keys": (operator(text(), key=text() + 1), "not one tensor"),
+}
+
+
+@pytest.mark.parametrize(("function", "reason"), LEFT.values(), ids=LEFT)
+@torch.no_grad()
+def test_what_is_not_covered_is_pytorchs_bit_by_bit_and_says_why(function, reason):
+    expected = function()
+    with activated():
+        (found,) = explain(function)
+        results = function()
+    assert any(reason in each for each in found.reasons), found
+    for ours, theirs in zip(results, expected):
+        assert theirs is None or torch.equal(ours, theirs)
+
+
+REFUSED = {
+    "a mask of no type": operator(text(), mask=padding()),
+    "a mask of other sizes": operator(text(), mask=padding()[:, 1:], mask_type=1),
+    "an input of two dimensions": operator(text()[0]),
+    "another width": operator(text()[..., 1:]),
+}
+
+
+@pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED)
+@torch.no_grad()
+def test_what_pytorch_refuses_is_refused_in_its_words(function):
+    with pytest.raises(RuntimeError) as theirs:
+        function()
+    with activated(), pytest.raises(RuntimeError) as ours:
+        function()
+    assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+def test_lengths_decide_by_the_limits_that_are_named(monkeypatch):
+    monkeypatch.undo()
+    for dtype, limits in attention_rules.FEWEST_IN_ENCODER.items():
+        layer = nn.MultiheadAttention(4, 2, batch_first=True, dtype=dtype).eval()
+        for fewest, masked in zip(limits, (False, True)):
+            for length in (fewest - 1, fewest):
+                x = torch.ones(2, length, 4, dtype=dtype)
+                mask = torch.zeros(2, length, dtype=torch.bool) if masked else None
+                with activated(), torch.no_grad():
+                    (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=False)
+                assert found.is_trilbys == (length == fewest), str(found)
+
+
+@torch.no_grad()
+def test_nested_sequences_are_pytorchs():
+    """`nn.TransformerEncoder` packs padded batches, by default, into nested tensors."""
+    model = nn.TransformerEncoder(encoder(), 2).eval()
+    mask = torch.arange(T) >= torch.tensor([[T], [T - 20], [T - 9]])
+    expected = model(text(), src_key_padding_mask=mask)
+    with activated():
+        torch.testing.assert_close(model(text(), src_key_padding_mask=mask), expected)
+
+
+@torch.no_grad()
+def test_compiled_and_exported_it_is_trilbys_too():
+    layer, x = encoder(), text()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(layer, (x,)).module()
+    with activated():
+        eager = layer(x)
+        for run in (compiled, exported):
+            assert explain(run, x)[0].is_trilbys
+            torch.testing.assert_close(run(x), eager)
+
+
+def test_a_gradient_is_refused_as_by_pytorchs():
+    """The operator has none, and modules do not call it where one is wanted."""
+    x = text().requires_grad_()
+    with activated(), pytest.raises(RuntimeError, match="derivative for aten::_native_multi_head_attention"):
+        operator(x)()[0].sum().backward()
