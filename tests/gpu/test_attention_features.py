@@ -5,11 +5,11 @@ The calls are those that the C++ kernels are tested with, smaller, because they 
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_blocks import Cache
 from attention_case import gradients
 from attention_features import FEATURES, Call, Judged, seen_pairs
 from tolerance import assert_as_exact_as
@@ -122,30 +122,9 @@ def _computed(one: Judged, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ..
 @pytest.mark.parametrize("size", [1, 16, 24], ids=lambda size: f"blocks of {size}")
 def test_keys_in_blocks_are_keys(kernels, size, packed, tiles):
     """The same keys, out of order in blocks, of which what no sequence has is NaN, give the same bits."""
-    N, H, Hkv, T, S, D = 3, 2, 1, 5, 40, 16
     torch.manual_seed(0)
-    lengths = torch.tensor([40, 0, 27], dtype=torch.int32)
-    pages = -(-S // size)
-    table = torch.randperm(N * pages).view(N, pages)
-    query, key, value = torch.randn(N, H, T, D), torch.randn(N, Hkv, S, D), torch.randn(N, Hkv, S, D)
-    exists = (torch.arange(S) < lengths[:, None])[:, None, :, None]
-    cache = []
-    for tensor in (key, value):
-        padded = F.pad(tensor.masked_fill(~exists, torch.nan), (0, 0, 0, pages * size - S), value=torch.nan)
-        blocks = torch.empty(N * pages, Hkv, size, D)
-        blocks[table.flatten()] = padded.unflatten(2, (pages, size)).transpose(1, 2).flatten(0, 1)
-        cache.append(blocks)
-    options = AttentionOptions(key_lengths=lengths, scale=0.25, lower_right=True, window_left=30, window_right=0)
-    expected, expected_logsumexp = kernels.attention(query, key, value, *options, tiles=tiles)
-    if packed:
-        query = query.transpose(0, 1).flatten(1, 2)[None]
-        expected = expected.transpose(0, 1).flatten(1, 2)[None]
-        expected_logsumexp = expected_logsumexp.transpose(0, 1).flatten(1)[None]
-        options = options._replace(query_starts=torch.arange(N + 1, dtype=torch.int32) * T, longest_query=T)
-    paged = options._replace(block_table=table.int())
-    output, logsumexp = kernels.attention(query, *cache, *paged, tiles=tiles)
-    assert torch.equal(output, expected)
-    assert torch.equal(logsumexp, expected_logsumexp)
+    cache = Cache((40, 0, 27), H=2, Hkv=1, T=5, S=40, D=16, window_left=30)
+    cache.assert_blocks_change_nothing(partial(kernels.attention, tiles=tiles), size, packed)
 
 
 @pytest.mark.parametrize("tiles", [TILES, SPLIT], ids=["forward", "decode"])

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_blocks import Cache
 from attention_case import DTYPES, gradients, needs_extension
 from attention_features import FEATURES, Call, Judged, seen_pairs
 from hypothesis import HealthCheck, assume, given, settings
@@ -95,29 +95,8 @@ def test_lengths_around_every_tile(length: int, level: str) -> None:
 @pytest.mark.parametrize("size", [1, 16, 48, 64, 100], ids=lambda size: f"blocks of {size}")
 def test_keys_in_blocks_are_keys(size: int, packed: bool, level: str) -> None:
     """The same keys, out of order in blocks, of which what no sequence has is NaN, give the same bits."""
-    N, H, Hkv, T, S, D = 3, 4, 2, 40, 150, 16
-    lengths = torch.tensor([150, 0, 77], dtype=torch.int32)
-    pages = -(-S // size)
-    table = torch.randperm(N * pages).view(N, pages)
-    query, key, value = torch.randn(N, H, T, D), torch.randn(N, Hkv, S, D), torch.randn(N, Hkv, S, D)
-    exists = (torch.arange(S) < lengths[:, None])[:, None, :, None]
-    cache = []
-    for tensor in (key, value):
-        padded = F.pad(tensor.masked_fill(~exists, torch.nan), (0, 0, 0, pages * size - S), value=torch.nan)
-        blocks = torch.empty(N * pages, Hkv, size, D)
-        blocks[table.flatten()] = padded.unflatten(2, (pages, size)).transpose(1, 2).flatten(0, 1)
-        cache.append(blocks)
-    options = AttentionOptions(key_lengths=lengths, scale=0.25, lower_right=True, window_left=90, window_right=0)
-    expected, expected_logsumexp = OPERATOR(query, key, value, *options)
-    if packed:
-        query = query.transpose(0, 1).flatten(1, 2)[None]
-        expected = expected.transpose(0, 1).flatten(1, 2)[None]
-        expected_logsumexp = expected_logsumexp.transpose(0, 1).flatten(1)[None]
-        options = options._replace(query_starts=torch.arange(N + 1, dtype=torch.int32) * T, longest_query=T)
-    paged = options._replace(block_table=table.int())
-    output, logsumexp = OPERATOR(query, *cache, *paged)
-    assert torch.equal(output, expected)
-    assert torch.equal(logsumexp, expected_logsumexp)
+    cache = Cache((150, 0, 77), H=4, Hkv=2, T=40, S=150, D=16, window_left=90)
+    cache.assert_blocks_change_nothing(OPERATOR, size, packed)
 
 
 @pytest.mark.parametrize("name", [name for name in FEATURES if "packed" not in name])
