@@ -211,6 +211,7 @@ def attention_forward_kernel(
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
     ADDRESSES: tl.constexpr,  # `call.addresses`
+    KEY_ADDRESSES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -238,7 +239,7 @@ def attention_forward_kernel(
         tokens_of(key, head // group, sequence, sequences, ALIGNMENT),
         tokens_of(value, head // group, sequence, sequences, ALIGNMENT),
         first_query, tl.minimum(first_query + BLOCK_M, sequence.queries) - 1, 0, end_key, rule, scoring,
-        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ADDRESSES, PRECISION,
+        HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY_ADDRESSES, PRECISION,
     )  # fmt: skip
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
     row_mask = queries < sequence.queries
@@ -248,6 +249,14 @@ def attention_forward_kernel(
         mask=row_mask & (value_dims < VALUE_DIM),
     )
     tl.store(logsumexp + plane * q_len + positions, row_logsumexp[:, None], mask=row_mask)
+
+
+def key_addresses(tiles: AttentionTiles, key: torch.Tensor, value: torch.Tensor) -> str | int:
+    """How addresses of keys and values are computed: what `load_tokens` calls ADDRESSES."""
+    stride = key.stride(-2)
+    if tiles.compiled_stride and stride == value.stride(-2) and tiles.block_n * stride < 2**31:
+        return stride
+    return addresses(tiles.products, (tiles.block_n, key), (tiles.block_n, value))
 
 
 def attention_forward_call(
@@ -266,12 +275,8 @@ def attention_forward_call(
             "output": output,
             "logsumexp": logsumexp,
             "q_tiles": q_tiles,
-            "ADDRESSES": addresses(
-                tiles.products,
-                (tiles.block_m, inputs.query),
-                (tiles.block_n, inputs.key),
-                (tiles.block_n, inputs.value),
-            ),
+            "ADDRESSES": addresses(tiles.products, (tiles.block_m, inputs.query)),
+            "KEY_ADDRESSES": key_addresses(tiles, inputs.key, inputs.value),
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
     )

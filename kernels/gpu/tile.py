@@ -83,11 +83,14 @@ def load_tokens(
 
     ADDRESSES of "products" are computed anew for each row: a token times a stride, both of 32 bits, one instruction.
     Otherwise the tile's first address moves along; rows are at "narrow" offsets from it, of 32 bits, or "wide" ones.
+    If ADDRESSES is a number, offsets are multiples of it, the stride; in MASKED tiles, which have fewer registers to
+    spare, addresses are products all the same.
     """
     numbers = tl.arange(0, BLOCK)[:, None]
     dims = tl.arange(0, BLOCK_DIM)[None, :]
     row_mask = (first + numbers >= low) & (first + numbers < end)
-    if ADDRESSES == "products":
+    IS_MOVING: tl.constexpr = ADDRESSES == "narrow" or ADDRESSES == "wide"
+    if ADDRESSES == "products" or (MASKED and not IS_MOVING):
         ITEMSIZE: tl.constexpr = head.pointer.dtype.element_ty.primitive_bitwidth // 8
         # The compiler must not see that tokens grow evenly, or it keeps a moving pointer for each row.
         tokens = (tl.minimum(first, end) + numbers).to(tl.uint32).to(tl.int64)
@@ -95,9 +98,12 @@ def load_tokens(
         rows = head.pointer.to(tl.pointer_type(tl.int8)) + tokens * stride
         pointers = rows.to(head.pointer.dtype) + dims * head.stride_d
     else:
-        offsets = numbers * head.stride_t + dims * head.stride_d
-        if ADDRESSES == "narrow":
-            offsets = offsets.to(tl.int32)
+        if ADDRESSES == "wide":
+            offsets = numbers * head.stride_t + dims * head.stride_d
+        elif ADDRESSES == "narrow":
+            offsets = (numbers * head.stride_t + dims * head.stride_d).to(tl.int32)
+        else:
+            offsets = numbers * ADDRESSES + dims * head.stride_d
         pointers = head.pointer + first * head.stride_t + offsets
     return load_tile(pointers, row_mask, dims < DIM, MASKED, BLOCK_DIM != DIM)
 

@@ -11,6 +11,7 @@ from trilby.kernels.gpu.attention_launch import AttentionTiles
 SMALL = AttentionTiles(block_m=32, block_n=16, num_warps=4, num_stages=1)
 FULL, CAUSAL = (reference.AttentionOptions.plain(is_causal, 0.25) for is_causal in (False, True))
 WIDE = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1)
+COMPILED = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1, compiled_stride=True)
 
 
 def inputs(B, H, Hkv, T, S, D, Dv=None, dtype=torch.float32, seed=0):
@@ -51,6 +52,13 @@ def test_lengths(kernels, T, S, is_causal, dtype):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tiles_wider_than_high(kernels, is_causal):
     assert_exact(kernels, *inputs(1, 1, 1, 70, 70, 16), is_causal, tiles=WIDE)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (16, 40)], ids=["one stride", "two strides"])
+def test_strides_that_are_compiled_in(kernels, dims):
+    query, key, value = inputs(2, 2, 2, 70, 70, *dims)
+    key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (key, value))
+    assert_exact(kernels, query, key, value, True, tiles=COMPILED)
 
 
 @pytest.mark.parametrize("T", [1, 40, 130])

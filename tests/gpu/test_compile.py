@@ -1,9 +1,11 @@
 """What the compilers make of every kernel, for GPUs that are not here: no spills, tensor cores, 16-byte accesses."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from trilby.kernels.gpu.attention_forward import key_addresses
 from trilby.kernels.gpu.attention_launch import AttentionTiles
 from trilby.kernels.gpu.call import addresses
 from trilby.kernels.gpu.compile import compile_call
@@ -116,6 +118,16 @@ def test_what_32_bits_cannot_hold_compiles_to_64():
     assert addresses(True, (128, farther)) == "wide"
     wide = type(near)(near.kernel, near.grid, {**near.arguments, "ADDRESSES": "wide"}, near.options)
     assert compile_call(wide, SM_90).spills == 0
+
+
+def test_a_stride_is_compiled_in_where_keys_and_values_share_it():
+    tiles = AttentionTiles(128, 128, 8, 2, products=True, compiled_stride=True)
+    key = torch.empty(2, 1024, 12, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    other, far = key.contiguous(), torch.empty_strided((2, 12, 1024, 128), (1, 1, 2**24, 1), device="meta")
+    assert key_addresses(tiles, key, key) == 12 * 128
+    assert key_addresses(replace(tiles, compiled_stride=False), key, key) == "products"
+    assert key_addresses(tiles, key, other) == "products"
+    assert key_addresses(tiles, far, far) == "products"
 
 
 def test_the_norms_are_in_the_matrix():

@@ -146,7 +146,7 @@ def test_candidates_are_of_the_rows_own_size_or_twice_or_half_of_it():
 def test_choices_keep_the_tile():
     changed = [{name for name in each if each[name] != vars(ROW.tiles)[name]} for each in attention_choices(ROW)]
     assert all(len(one) == 1 for one in changed)
-    assert set.union(*changed) == {"num_stages", "products", "prefetch_masked"}
+    assert set.union(*changed) == {"num_stages", "products", "prefetch_masked", "compiled_stride"}
 
 
 def test_the_answers_so_far_are_written_after_each_question(question, tmp_path, capsys):
