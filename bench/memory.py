@@ -22,11 +22,21 @@ def peak_bytes(call: Callable[[], Result]) -> tuple[Result, int | None]:
 
     None where the system cannot tell.
     """
-    _trim()
-    before = _status_bytes("VmRSS") if _reset_high_water_mark() else None
+    before = begin_peak()
     result = call()
+    return result, end_peak(before)
+
+
+def begin_peak() -> int | None:
+    """Begin to look for the most memory resident; what is resident now. None where the system cannot tell."""
+    _trim()
+    return _status_bytes("VmRSS") if _reset_high_water_mark() else None
+
+
+def end_peak(before: int | None) -> int | None:
+    """The most memory resident since the last `begin_peak`, less `before`, what one returned."""
     peak = _status_bytes("VmHWM")
-    return result, None if before is None or peak is None else max(peak - before, 0)
+    return None if before is None or peak is None else max(peak - before, 0)
 
 
 def device_peak_bytes(call: Callable[[], Result]) -> tuple[Result, int | None]:

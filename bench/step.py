@@ -1,142 +1,128 @@
 """`python -m trilby.bench.step`: whole training steps of GPT-2, in turns, and where their time goes.
 
-The reference GPT on trilby's layers, the same on PyTorch's, and Hugging Face's where transformers is installed; the
-weights of each are drawn anew. A step is forward, backward, clipping and a fused AdamW. Shares are the profiler's, of
-the operators' own time on one step after the others; page faults are in whatever touched the page.
+The reference GPT on trilby's layers and with `keep_memory()`, as `python -m trilby.gpt train` runs it; against it the
+same model on PyTorch's functions, as nanoGPT writes it, and with its blocks compiled; and Hugging Face's, where
+transformers is installed. Each is in a process of its own, its weights drawn anew. A step is forward, backward,
+clipping and a fused AdamW. Memory is the most that a process had beyond the libraries it loaded: weights, gradients,
+the optimizer's and what a step keeps. Shares are the profiler's, of the operators' own time on one step after the
+others; page faults are in whatever touched the page.
 
-At the size of GPT-2 a step takes seconds on two threads, so this is no part of `make bench`.
+At the size of GPT-2 a step takes seconds on two threads, so this is no part of `make bench`. Without a lesson being
+asked for all of `LESSONS` are given, which takes two threads a quarter of an hour; `--lesson 3` gives one of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from trilby.gpt import GPT, PRESETS, PYTORCH, TRILBY, TrainConfig
-from trilby.gpt.train import make_optimizer
-from trilby.kernels import keep_memory
+from trilby.gpt import PRESETS
 
+from .learner import COMPILED, HUGGING_FACE, Learner, Lesson, Told
 from .measure import quantiles
-from .memory import peak_bytes
-from .models import has_transformers, hugging_face
+from .models import has_transformers
 from .results import OURS, RIVAL
 
-HUGGING_FACE = "Hugging Face"
-# What an operator is called, by parts of its name; the first that fits.
-PARTS = (
-    ("optimizer", ("adam", "foreach", "norm_except", "clip")),
-    ("attention", ("attention", "flash", "softmax", "dropout", "bernoulli")),
-    ("norms", ("layer_norm", "add_norm", "norm")),
-    ("GELU", ("gelu", "tanh", "pow")),
-    ("matrix products", ("mm", "linear", "matmul", "bmm", "dot")),
-    ("casts and copies", ("copy", "_to", "clone", "cat", "contiguous", "fill", "zero")),
-    ("loss", ("loss", "cross", "exp", "logsumexp", "index", "gather", "scatter")),
+LESSONS = (
+    *(Lesson(1, 1024, dropout, precision) for dropout in (0.1, 0.0) for precision in ("float32", "bfloat16")),
+    *(Lesson(4, 256, dropout, precision) for dropout in (0.1, 0.0) for precision in ("float32", "bfloat16")),
+    Lesson(4, 1024, 0.0, "float32"),
 )
+EVERYONE = (OURS, RIVAL, COMPILED, HUGGING_FACE)
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What every contestant is given at each step."""
+class Outcome:
+    """How a lesson went for each contestant."""
 
-    x: Tensor
-    y: Tensor
-    precision: str
+    lesson: Lesson
+    seconds: dict[str, list[float]]  # of each step after the first
+    peaks: dict[str, int | None]
 
-    def step(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-        """A call of it trains `model` by one step."""
-        optimizer = make_optimizer(model, TrainConfig())
-        model.train()
+    def ratio(self, name: str) -> float:
+        """Another's time over ours: the median of the turns."""
+        return quantiles([other / mine for other, mine in zip(self.seconds[name], self.seconds[OURS])]).p50
 
-        def call() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-                value = loss(self.x, self.y)
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def rate(self, name: str) -> float:
+        """Tokens a second."""
+        return self.lesson.tokens / quantiles(self.seconds[name]).p50
 
-        return call
+    def lines(self) -> list[str]:
+        """One for each contestant."""
+        found = []
+        for name in self.seconds:
+            peak = self.peaks[name]
+            ratio = f", {self.ratio(name):.2f} of trilby's time" if name != OURS and OURS in self.seconds else ""
+            memory = "" if peak is None else f", {peak / 1e9:.2f} GB"
+            found.append(f"{name}: {self.rate(name):.0f} tokens/s{ratio}{memory}")
+        return found
+
+    def row(self) -> str:
+        """A row of the table at the end: ours against the fastest other, and against the one of least memory."""
+        others = [name for name in self.seconds if name != OURS]
+        best = min(others, key=self.ratio)
+        peaks = [peak for name in others if (peak := self.peaks[name])]
+        ours = self.peaks[OURS]
+        memory = f"{1 - ours / min(peaks):.0%} less" if ours and peaks else ""
+        rates = f"{self.rate(OURS):.0f} | {self.rate(best):.0f} | {best} | {self.ratio(best):.2f}"
+        return f"| {self.lesson} | {rates} | {memory} |"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print tokens a second, memory and shares of each contestant."""
+    """Print tokens a second, memory and shares of each contestant, as they come; and a table of all lessons."""
     parser = argparse.ArgumentParser(prog="python -m trilby.bench.step", description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=4, metavar="B", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=256, metavar="T", help="default: %(default)s")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="in turns; default: %(default)s")
+    numbers = ", ".join(f"{number}: {lesson}" for number, lesson in enumerate(LESSONS, 1))
+    parser.add_argument("--lesson", type=int, nargs="*", choices=range(1, len(LESSONS) + 1), metavar="N", help=numbers)
+    parser.add_argument("--batch-size", type=int, metavar="B", help="a lesson of your own; default: 4")
+    parser.add_argument("--length", type=int, metavar="T", help="of your own; default: 256")
+    parser.add_argument("--dropout", type=float, metavar="P", help="of your own; default: 0")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of your own; default: float32")
     parser.add_argument("--size", choices=sorted(PRESETS), default="gpt2", help="default: %(default)s")
-    parser.add_argument("--only", nargs="*", choices=(OURS, RIVAL, HUGGING_FACE), help="default: all that there are")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="in turns; default: %(default)s")
+    parser.add_argument("--only", nargs="*", choices=EVERYONE, help="default: all that there are")
+    parser.add_argument("--shares", action="store_true", help="say where a step's time goes, too")
+    parser.add_argument("--keep-memory", action="store_true", help="for all, not for trilby alone")
     options = parser.parse_args(arguments)
-    keep_memory()
-    calls = contestants(options)
-    peaks = {name: peak_bytes(call)[1] for name, call in calls.items()}  # the first also allocates what stays
-    # On one thread the processor's time, so that a busy machine matters little.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.steps):
-        for name, call in calls.items():
-            started = clock()
-            call()
-            seconds[name].append(clock() - started)
-    tokens = options.batch_size * options.length
-    for name, each in seconds.items():
-        peak = peaks[name]
-        memory = "" if peak is None else f", {peak / 1e9:.2f} GB more at its peak"
-        ratio = quantiles([other / mine for other, mine in zip(each, seconds.get(OURS, each))]).p50
-        print(f"{name}: {tokens / quantiles(each).p50:.0f} tokens/s, {ratio:.2f} of trilby's time{memory}")
-    for name, call in calls.items():
-        shares = shares_of(call)
-        print(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.most_common()))
+    outcomes = [give(lesson, options) for lesson in _lessons(options)]
+    if all(OURS in outcome.seconds and len(outcome.seconds) > 1 for outcome in outcomes):
+        print("\n| lesson | trilby, tokens/s | the best other | which is | ratio | memory |\n|---|--:|--:|---|--:|--:|")
+        print("\n".join(outcome.row() for outcome in outcomes))
     return 0
 
 
-def contestants(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """A step of each, by name."""
-    config = replace(PRESETS[options.size], dropout=options.dropout)
-    B, T = options.batch_size, options.length
-    tokens = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(1337))
-    lesson = Lesson(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), options.precision)
-    steps = {}
-    for name in options.only or (OURS, RIVAL, *(HUGGING_FACE,) * has_transformers()):
-        if name == HUGGING_FACE:
-            theirs = hugging_face(replace(config, block_size=max(T, config.block_size)))
-            steps[name] = lesson.step(theirs, partial(_loss_of_logits, theirs))
-        else:
-            model = GPT(config, TRILBY if name == OURS else PYTORCH)
-            steps[name] = lesson.step(model, model.loss)
-    return steps
+def _lessons(options: argparse.Namespace) -> list[Lesson]:
+    own = {"batch_size": 4, "length": 256, "dropout": 0.0, "precision": "float32"}
+    asked = {name: value for name in own if (value := getattr(options, name)) is not None}
+    if asked:
+        return [Lesson(**{**own, **asked}, size=options.size)]  # type: ignore[arg-type]
+    chosen = options.lesson or range(1, len(LESSONS) + 1)
+    return [replace(LESSONS[number - 1], size=options.size) for number in chosen]
 
 
-def _loss_of_logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
-
-
-def shares_of(call: Callable[[], None]) -> Counter[str]:
-    """The parts of a call's time."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        call()
-    times: Counter[str] = Counter()
-    for event in profiled.key_averages():
-        times[part_of(event.key)] += event.self_cpu_time_total
-    total = sum(times.values())
-    return Counter({part: time / total for part, time in times.items()})
-
-
-def part_of(operator: str) -> str:
-    """What an operator, or a node of the backward, belongs to."""
-    name = operator.lower()
-    return next((part for part, words in PARTS if any(word in name for word in words)), "the rest")
+def give(lesson: Lesson, options: argparse.Namespace) -> Outcome:
+    """Have all that take part learn it, in turns, and print how they do."""
+    print(f"{lesson}, {torch.get_num_threads()} threads", flush=True)
+    names = options.only or [name for name in EVERYONE if name != HUGGING_FACE or has_transformers()]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        learners = {}
+        for name in names:
+            told = Told(name, lesson, torch.get_num_threads(), name == OURS or options.keep_memory)
+            learners[name] = stack.enter_context(Learner(told))
+            learners[name].step()  # makes what stays, and is not counted
+        for _ in range(options.steps):
+            for name, learner in learners.items():
+                seconds[name].append(learner.step())
+        outcome = Outcome(lesson, seconds, {name: learner.peak() for name, learner in learners.items()})
+        print("\n".join(outcome.lines()), flush=True)
+        for name, learner in learners.items() if options.shares else ():
+            shares = learner.shares().most_common()
+            print(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares), flush=True)
+    return outcome
 
 
 if __name__ == "__main__":
