@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class Learner:
         """The parts of a step's time; this trains by a step, too."""
         return self._ask("shares")  # type: ignore[no-any-return]
 
-    def _ask(self, what: str) -> object:
+    def _ask(self, what: str) -> Any:
         self._here.send(what)
         try:
             return self._here.recv()
@@ -138,18 +139,18 @@ def make_step(contestant: str, lesson: Lesson) -> Callable[[], None]:
     model: nn.Module
     if contestant == HUGGING_FACE:
         model = hugging_face(replace(config, block_size=max(T, config.block_size)))
+        loss: Callable[[Tensor, Tensor], Tensor] = partial(_loss_of_logits, model)
     else:
-        model = GPT(config, TRILBY if contestant == OURS else PYTORCH)
-    if contestant == COMPILED:
-        for block in model.transformer.h:  # type: ignore[union-attr, operator]
+        model = gpt = GPT(config, TRILBY if contestant == OURS else PYTORCH)
+        loss = gpt.loss if contestant == OURS else partial(_loss_of_logits, gpt)
+        for block in gpt.transformer.h if contestant == COMPILED else ():
             block.compile()  # all by one piece of code, so that compiling takes seconds
-    loss = model.loss if contestant == OURS else partial(_loss_of_logits, model)
     optimizer = make_optimizer(model, TrainConfig())
     model.train()
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=lesson.precision == "bfloat16"):
-            value = loss(x, y)  # type: ignore[operator]
+            value = loss(x, y)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -98,7 +98,7 @@ def _lessons(options: argparse.Namespace) -> list[Lesson]:
     own = {"batch_size": 4, "length": 256, "dropout": 0.0, "precision": "float32"}
     asked = {name: value for name in own if (value := getattr(options, name)) is not None}
     if asked:
-        return [Lesson(**{**own, **asked}, size=options.size)]  # type: ignore[arg-type]
+        return [Lesson(**{**own, **asked}, size=options.size)]
     chosen = options.lesson or range(1, len(LESSONS) + 1)
     return [replace(LESSONS[number - 1], size=options.size) for number in chosen]
 
