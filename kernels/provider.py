@@ -156,8 +156,10 @@ def activate() -> None:
 
 def restore() -> None:
     """Put PyTorch's own kernels back, whoever activated trilby's, and inside every `activated`, too."""
-    if getattr(pytorch_attention, "current_flash_attention_impl", lambda: None)() == NAME:
-        pytorch_attention.restore_flash_attention_impl()
+    # torch 2.10's registry cannot be told, and goes on saying that trilby is its choice.
+    if hasattr(pytorch_attention, "restore_flash_attention_impl"):
+        if pytorch_attention.current_flash_attention_impl() == NAME:
+            pytorch_attention.restore_flash_attention_impl()
     release_all(ATTENTION, NORM)
 
 
