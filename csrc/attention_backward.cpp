@@ -107,11 +107,11 @@ void load_panel(const AttentionBackward& problem, const Head& head, int64_t firs
 // Scores to probabilities, their gradients to the scores' gradients, both [keys][PANEL] in place. With dropout, whose
 // factors are given then, only probabilities that are kept stay, unmultiplied.
 template <bool DROPOUT>
-void softmax_backward(float* probabilities, float* grad_scores, int64_t keys, float scale, const Panel& panel,
+void softmax_backward(float* probabilities, float* grad_scores, const Sight& sight, float scale, const Panel& panel,
                       const float* factors) {
-  for (int c = 0; c < PANEL_VECTORS; c++) {
+  for (int c = 0; c < sight.vectors; c++) {
     const Vector logsumexp = load(panel.logsumexp + c * LANES), delta = load(panel.delta + c * LANES);
-    for (int64_t at = c * LANES; at < keys * PANEL; at += PANEL) {
+    for (int64_t at = c * LANES; at < sight.ends[c] * PANEL; at += PANEL) {
       const Vector probability = exp2_of_nonpositive((load(probabilities + at) * scale - logsumexp) * LOG2_E);
       if constexpr (DROPOUT) {
         const Vector factor = load(factors + at);
@@ -138,17 +138,17 @@ void score_gradients(const AttentionBackward& problem, const Head& head, const P
     scale = 1.0f;
   }
   if (rule.dropout.threshold) {
-    dropout_factors(rule.dropout, panel.rows, block.first, keys, work.dropout_factors);
-    softmax_backward<true>(work.probabilities, work.grad_scores, keys, scale, panel, work.dropout_factors);
+    dropout_factors(rule.dropout, panel.rows, block.first, sight, work.dropout_factors);
+    softmax_backward<true>(work.probabilities, work.grad_scores, sight, scale, panel, work.dropout_factors);
   } else {
-    softmax_backward<false>(work.probabilities, work.grad_scores, keys, scale, panel, nullptr);
+    softmax_backward<false>(work.probabilities, work.grad_scores, sight, scale, panel, nullptr);
   }
   for (int64_t i = 0; rule.softcap > 0.0f && i < keys * PANEL; i += LANES) {
     store(work.grad_scores + i, load(work.grad_scores + i) * load(work.slopes + i));
   }
   if (sight.hides(block)) {
-    hide(work.probabilities, keys, sight, 0.0f);
-    hide(work.grad_scores, keys, sight, 0.0f);
+    hide(work.probabilities, sight, 0.0f);
+    hide(work.grad_scores, sight, 0.0f);
   }
 }
 

@@ -8,10 +8,10 @@
 // are taken before they are scaled: scores of 10^5, scaled first, would be off by 0.01.
 //
 // Operations: 2 · D + 2 · Dv flops and one exp2 (15 instructions for LANES scores) for each visible (query, key) pair,
-// and for at most PANEL / 2 hidden keys a query at each edge of what it sees. For LANES scores, beside that: dropout 17
-// instructions, softcap 25, ALiBi 6, a mask 10 (6 of them its transposition).
-// On the tile unit (level amx) the two products take 4 cycles for 16 scores at D = 64. Vectors do the rest, counted in
-// the machine code for 16 scores: the maximum 3.5 instructions; 2^x, its sum, rounding and pairing 17. Sums come and go
+// and for hidden keys at each edge of what is seen: LANES / 2 a query where panels have stairs, else PANEL / 2. For
+// LANES scores, beside that: dropout 17 instructions, softcap 25, ALiBi 6, a mask 10 (6 of them its transposition). On
+// the tile unit (level amx) the two products take 4 cycles for 16 scores at D = 64. Vectors do the rest, counted in the
+// machine code for 16 scores: the maximum 3.5 instructions; 2^x, its sum, rounding and pairing 17. Sums come and go
 // once a block, and shrink, 3 · Dv / 64 instructions more, only where a maximum changed. None of it was timed yet:
 // there was no such machine, only software in its place (tests/kernels/tile_unit.cpp). Traffic: Q and O once; K and V
 // once for every PANELS · PANEL queries, from the nearest cache that holds them.
@@ -62,43 +62,46 @@ struct Panel {
   DropoutRows rows;
 };
 
-// Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by. The
-// vectors of a panel take turns key by key: one alone would wait for its own maximum. Probabilities go to keep(n, c,
-// those of the keys from n on).
+// Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by.
+// Four keys take turns: one alone would wait for its own maximum. Probabilities go to keep(n, c, those of the keys from
+// n on).
 template <class Keep>
-void online_softmax(const float* scores, int64_t keys, float scale, float* maxima, float* sums, float* factors,
+void online_softmax(const float* scores, const Sight& sight, float scale, float* maxima, float* sums, float* factors,
                     const Keep& keep) {
-  Vector maximum[PANEL_VECTORS], shift[PANEL_VECTORS], sum[PANEL_VECTORS] = {};
-  for (int c = 0; c < PANEL_VECTORS; c++) maximum[c] = load(maxima + c * LANES);
-  for (int64_t n = 0; n < keys; n++) {
-    for (int c = 0; c < PANEL_VECTORS; c++) maximum[c] = larger(load(scores + n * PANEL + c * LANES), maximum[c]);
-  }
-  // Nothing seen yet: -inf - 0, not -inf + inf.
-  for (int c = 0; c < PANEL_VECTORS; c++) shift[c] = maximum[c] == -INFINITE ? Vector{} : maximum[c];
-  int64_t n = 0;
-  for (; n + Keep::KEYS <= keys; n += Keep::KEYS) {
-    for (int c = 0; c < PANEL_VECTORS; c++) {
+  constexpr int TURNS = 4;
+  for (int c = 0; c < sight.vectors; c++) {
+    const float* column = scores + c * LANES;
+    const int64_t keys = sight.ends[c];
+    const Vector before = load(maxima + c * LANES);
+    Vector maximum[TURNS];
+    for (Vector& its : maximum) its = before;
+    int64_t n = 0;
+    for (; n + TURNS <= keys; n += TURNS) {
+      for (int turn = 0; turn < TURNS; turn++) maximum[turn] = larger(load(column + (n + turn) * PANEL), maximum[turn]);
+    }
+    for (; n < keys; n++) maximum[0] = larger(load(column + n * PANEL), maximum[0]);
+    const Vector after = larger(larger(maximum[0], maximum[1]), larger(maximum[2], maximum[3]));
+    const Vector shift = after == -INFINITE ? Vector{} : after;  // nothing seen yet: -inf - 0, not -inf + inf
+    const auto probability = [&](int64_t key) __attribute__((always_inline)) {
+      return exp2_of_nonpositive((load(column + key * PANEL) - shift) * scale);
+    };
+    Vector sum = {};
+    for (n = 0; n + Keep::KEYS <= keys; n += Keep::KEYS) {
       Vector results[Keep::KEYS];
-      for (int key = 0; key < Keep::KEYS; key++) {
-        const Vector score = load(scores + (n + key) * PANEL + c * LANES);
-        results[key] = exp2_of_nonpositive((score - shift[c]) * scale);
-        sum[c] += results[key];
-      }
+      for (int key = 0; key < Keep::KEYS; key++) sum += results[key] = probability(n + key);
       keep(n, c, results);
     }
-  }
-  if constexpr (Keep::KEYS == 2) {
-    for (int c = 0; n < keys && c < PANEL_VECTORS; c++) {
-      const Vector last = exp2_of_nonpositive((load(scores + n * PANEL + c * LANES) - shift[c]) * scale);
-      sum[c] += last;
-      keep(n, c, {last, Vector{}});
+    if constexpr (Keep::KEYS == 2) {
+      if (n < keys) {
+        const Vector last = probability(n);
+        sum += last;
+        keep(n, c, {last, Vector{}});
+      }
     }
-  }
-  for (int c = 0; c < PANEL_VECTORS; c++) {
-    const Vector factor = exp2_of_nonpositive((load(maxima + c * LANES) - shift[c]) * scale);
+    const Vector factor = exp2_of_nonpositive((before - shift) * scale);
     store(factors + c * LANES, factor);
-    store(sums + c * LANES, load(sums + c * LANES) * factor + sum[c]);
-    store(maxima + c * LANES, maximum[c]);
+    store(sums + c * LANES, load(sums + c * LANES) * factor + sum);
+    store(maxima + c * LANES, after);
   }
 }
 
@@ -119,15 +122,14 @@ void attend(const AttentionForward& problem, const Head& head, const Panel& pane
   if (adjusts(rule)) {
     adjust(rule, scale.size, head.sequence, head.query_head, sight, block.count, work.scores, nullptr);
   }
-  if (sight.hides(block)) hide(work.scores, block.count, sight, -INFINITE);
+  if (sight.hides(block)) hide(work.scores, sight, -INFINITE);
   const float factor = scale.within * LOG2_E;
   if (rule.dropout.threshold) {
-    online_softmax(work.scores, block.count, factor, panel.maxima, panel.sums, work.factors, KeepInPlace{work.scores});
-    drop(rule.dropout, panel.rows, block.first, block.count, work.scores);
+    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors, KeepInPlace{work.scores});
+    drop(rule.dropout, panel.rows, block.first, sight, work.scores);
     work.products.take_probabilities(work.scores, block.count);
   } else {
-    online_softmax(work.scores, block.count, factor, panel.maxima, panel.sums, work.factors,
-                   work.products.keep(work.scores));
+    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors, work.products.keep(work.scores));
   }
   work.products.add_values(block, shape, sight, work.scores, work.factors, panel.outputs);
 }

@@ -72,18 +72,36 @@ static inline MaskBlock load_mask(const AttentionRule& rule, const Sequence& seq
 //                                                       1    1 1 1
 //                                                       2      1 1 1       keys [0, 2) are hidden from the last query,
 //                                                       3        1 1 1     keys [2, 5) from the first
+//
+// The vectors of a wide panel go down the diagonal by stairs. Vector c has no part in the keys from ends[c] on, which
+// all of its queries are hidden from: nothing is multiplied there, nothing written, and nothing may be read. A narrow
+// panel hides too little for that, and tiles multiply two vectors at once.
 struct Sight {
-  int64_t queries, shift, before, after;
-  int64_t past, future;  // keys [0, past) are hidden from the last query, [future, count) from the first
+  static constexpr bool STAIRS = PANEL_VECTORS > 2;
+  int64_t shift, before, after;
+  int64_t past, future;         // keys [0, past) are hidden from the last query, [future, count) from the first
+  int64_t vectors;              // that take part: see vectors_of
+  int64_t ends[PANEL_VECTORS];  // ascending
   MaskBlock mask;
 
   Sight(const Sequence& sequence, int64_t first_query, const KeyRange& block)
-      : queries(smaller(sequence.queries - first_query, PANEL)),
-        shift(first_query - block.first),
+      : shift(first_query - block.first),
         before(sequence.before),
         after(sequence.after),
         past(greater(0, smaller(block.count, shift + PANEL - 1 - before))),
-        future(greater(0, smaller(block.count, end_seen(0)))) {}
+        future(greater(0, smaller(block.count, end_seen(0)))),
+        vectors(vectors_of(sequence.queries - first_query)) {
+    for (int c = 0; c < PANEL_VECTORS; c++) {
+      ends[c] = STAIRS ? greater(0, smaller(block.count, end_seen((c + 1) * LANES - 1))) : block.count;
+    }
+  }
+
+  // Vectors of a panel that compute `queries` queries. A sequence's last queries are often few: whole panels took 1.4
+  // times as long at T = 16 and 32. Three would be a fourth variant of every product, for little.
+  static int64_t vectors_of(int64_t queries) {
+    if (!STAIRS || queries > 2 * LANES) return PANEL_VECTORS;
+    return queries > LANES ? 2 : 1;
+  }
 
   // Keys from this one on are hidden from the queries [0, query].
   int64_t end_seen(int64_t query) const { return query + shift + after + 1; }
@@ -99,20 +117,21 @@ static inline KeyRange seen_part(const KeyRange& range, const Sequence& sequence
   return {range.first + begin, smaller(range.count, sequence.end_seen(end) - range.first) - begin};
 }
 
-// Replaces the values [count][PANEL] of hidden pairs.
-static inline void hide(float* values, int64_t count, const Sight& sight, float replacement) {
-  for (int c = 0; c < PANEL_VECTORS; c++) {
+// Replaces the values [count][PANEL] of hidden pairs, wherever a vector of the panel has part.
+static inline void hide(float* values, const Sight& sight, float replacement) {
+  for (int c = 0; c < sight.vectors; c++) {
     const Vector query = lane_numbers() + static_cast<float>(c * LANES);
+    const int64_t end = sight.ends[c];
     float* column = values + c * LANES;
-    for (int64_t n = 0; n < sight.past; n++) {
+    for (int64_t n = 0; n < smaller(sight.past, end); n++) {
       const float last = static_cast<float>(n - sight.shift + sight.before);
       store(column + n * PANEL, query <= last ? load(column + n * PANEL) : broadcast(replacement));
     }
-    for (int64_t n = sight.future; n < count; n++) {
+    for (int64_t n = greater(0, sight.end_seen(c * LANES)); n < end; n++) {
       const float first = static_cast<float>(n - sight.shift - sight.after);
       store(column + n * PANEL, query >= first ? load(column + n * PANEL) : broadcast(replacement));
     }
-    for (int64_t n = 0; sight.mask.hides_some && n < count; n++) {
+    for (int64_t n = 0; sight.mask.hides_some && n < end; n++) {
       const Vector added = load(sight.mask.added + n * PANEL + c * LANES);
       store(column + n * PANEL, added == -INFINITE ? broadcast(replacement) : load(column + n * PANEL));
     }
@@ -129,8 +148,11 @@ static inline bool zero_hides(const Sight& sight, const float* rows, int64_t cou
 
 // 1 where a pair is seen, else 0, [count][PANEL].
 static inline const float* seen_pairs(const Sight& sight, int64_t count, float* to) {
-  for (int64_t i = 0; i < count * PANEL; i += LANES) store(to + i, broadcast(1.0f));
-  hide(to, count, sight, 0.0f);
+  for (int64_t i = 0; i < count * PANEL; i += LANES) {
+    const int64_t c = i % PANEL / LANES;
+    store(to + i, broadcast(c < sight.vectors && i / PANEL < sight.ends[c] ? 1.0f : 0.0f));
+  }
+  hide(to, sight, 0.0f);
   return to;
 }
 

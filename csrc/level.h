@@ -3,10 +3,15 @@
 
 #include "kernels.h"
 
+// The level that computes with vectors: what the tile unit gains nothing for is not compiled again for it.
 #if defined(__AMX_BF16__)
-namespace trilby::avx512 {
+#define TRILBY_VECTOR_LEVEL avx512
+#else
+#define TRILBY_VECTOR_LEVEL TRILBY_LEVEL
+#endif
 
-// What the tile unit gains nothing for is the level's below, and not compiled again.
+namespace trilby::TRILBY_VECTOR_LEVEL {
+
 void attention_forward(const AttentionForward&, const Threads&);
 void attention_decode(const AttentionForward&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
@@ -15,12 +20,11 @@ void norm_backward(const NormBackward&, const Threads&);
 void linear(const Linear&, const Threads&);
 void gelu(const Gelu&, const Threads&);
 
-}  // namespace trilby::avx512
-#endif
-
-namespace trilby::TRILBY_LEVEL {
+}  // namespace trilby::TRILBY_VECTOR_LEVEL
 
 #if defined(__AMX_BF16__)
+namespace trilby::TRILBY_LEVEL {
+
 using avx512::attention_decode;
 using avx512::gelu;
 using avx512::linear;
@@ -32,15 +36,6 @@ void attention_backward(const AttentionBackward&, const Threads&);
 
 // Whether the tile unit computes a small product as it should.
 bool tiles_are_right();
-#else
-
-void attention_forward(const AttentionForward&, const Threads&);
-void attention_decode(const AttentionForward&, const Threads&);
-void attention_backward(const AttentionBackward&, const Threads&);
-void norm_forward(const NormForward&, const Threads&);
-void norm_backward(const NormBackward&, const Threads&);
-void linear(const Linear&, const Threads&);
-void gelu(const Gelu&, const Threads&);
-#endif
 
 }  // namespace trilby::TRILBY_LEVEL
+#endif

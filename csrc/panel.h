@@ -9,9 +9,9 @@ namespace trilby::TRILBY_LEVEL {
 // Vectors of queries: with 6 rows of keys in the register tile, 24 chains of multiply-adds hide their latency (8
 // needed), and 10 loads feed them inside the two loads a cycle that the processor does. Measured on AVX-512 against two
 // vectors and 8 rows, one thread, in turns: forward 1.04 times as fast at T = 256, 1.09 at 1024, 1.16 at 4096, 1.09
-// with D = 128, and as fast at T = 128, where half a panel more is hidden by the diagonal; three vectors and 8 rows
-// 0.86 to 1.10. On the tile unit two, not measured: its products take tiles two by two whatever a panel's width, and
-// the diagonal hides least of a narrow one.
+// with D = 128; three vectors and 8 rows 0.86 to 1.10. Short sequences take fewer vectors of a panel: see Sight. On the
+// tile unit two, not measured: its products take tiles two by two whatever a panel's width, and the diagonal hides
+// least of a narrow one.
 #if defined(__AMX_BF16__)
 constexpr int PANEL_VECTORS = 2;
 #else
