@@ -139,9 +139,9 @@ def activate() -> None:
     `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, `F.layer_norm`,
     `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
     and backward, until `restore`. Attention that trilby has no faster kernel for (few queries, float64) stays
-    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do short encoders in inference, norms in other dtypes than float32,
-    bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why. Activating twice is
-    activating once.
+    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do short encoders in inference, norms in
+    other dtypes than float32, bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why.
+    Activating twice is activating once.
 
     On GPUs it is attention without masks and dropout, and layer norms, that Triton kernels compute; RMS norms stay
     PyTorch's. That has been tested without a GPU, and no time of it has been measured on one.
@@ -157,9 +157,9 @@ def activate() -> None:
 def restore() -> None:
     """Put PyTorch's own kernels back, whoever activated trilby's, and inside every `activated`, too."""
     # torch 2.10's registry cannot be told, and goes on saying that trilby is its choice.
-    if hasattr(pytorch_attention, "restore_flash_attention_impl"):
-        if pytorch_attention.current_flash_attention_impl() == NAME:
-            pytorch_attention.restore_flash_attention_impl()
+    can_be_told = hasattr(pytorch_attention, "restore_flash_attention_impl")
+    if can_be_told and pytorch_attention.current_flash_attention_impl() == NAME:
+        pytorch_attention.restore_flash_attention_impl()
     release_all(ATTENTION, NORM)
 
 
