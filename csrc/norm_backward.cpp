@@ -88,6 +88,7 @@ CALLED void input_gradients(const NormBackward& call, const float* weight, int64
     fetch<NEAR>(ahead.summed + column);
     const Pair g = load_pair<Format>(row.grad_normalized + column, step) * load_pair<Float32>(weight + column, step);
     const Pair deviation = load_pair<Format>(row.summed + column, step) - row.mean;
+    // Not g · rstd - (a constant): this difference is 0 where it ought to be, as in a row of one column.
     Pair gradient = (g - means.g) * row.rstd - deviation * slope;
     if constexpr (MORE) {
       fetch<NEAR>(ahead.grad_summed + column);
@@ -129,9 +130,10 @@ Passes passes_of(const NormBackward& call) {
   return {add_weight_gradients<Format, false, 1>, add_weight_gradients<Format, false, ROWS_AT_ONCE>, input};
 }
 
-// Rows begin … end - 1: the gradients of their elements, and their share of the weights'.
+// Rows begin … end - 1: the gradients of their elements, and their share of the weights'. Rows up to stop - 1 are
+// fetched ahead: those of the next chunk, if it is the same thread's.
 void backward_of_chunk(const NormBackward& call, const Passes& passes, const float* weight, const WeightGradients& sums,
-                       int64_t begin, int64_t end) {
+                       int64_t begin, int64_t end, int64_t stop) {
   const RowScratch scratch(call.shape.width, 1);
   for (int64_t i = 0; i < call.shape.width; i++) sums.weight[i] = sums.bias[i] = 0.0f;
   for (int64_t r = begin; r < end;) {
@@ -139,7 +141,7 @@ void backward_of_chunk(const NormBackward& call, const Passes& passes, const flo
     Means means[ROWS_AT_ONCE];
     (several ? passes.of_several : passes.of_one)(call, weight, sums, r, means);
     for (int i = 0; i < (several ? ROWS_AT_ONCE : 1); i++, r++) {
-      passes.input_gradients(call, weight, r, smaller(r + ROWS_AT_ONCE, end - 1), means[i], scratch.rows[0]);
+      passes.input_gradients(call, weight, r, smaller(r + ROWS_AT_ONCE, stop - 1), means[i], scratch.rows[0]);
     }
   }
   finish_streaming();
@@ -191,14 +193,18 @@ void reduce_weight_gradients(const NormBackward& call, float* partial, int64_t c
 template <class Format>
 void backward(const NormBackward& call, const Threads& threads) {
   const NormShape& shape = call.shape;
-  const int64_t width = shape.width, chunks = norm_chunks(shape.rows), rows = norm_chunk_rows(shape.rows);
+  const int64_t width = shape.width, chunks = norm_chunks(shape), rows = norm_chunk_rows(shape);
+  const int64_t at_once = norm_task_chunks(chunks, threads.count);
   const float* weight = widened<Format>(call.weight, shape.weight_dtype, width, 1.0f, call.workspace);
   float* partial = call.workspace + width;  // [chunks][2][width]
   const Passes passes = passes_of<Format>(call);
-  deal(chunks, threads, [&](int64_t chunk) {
-    const WeightGradients sums = {partial + 2 * chunk * width, partial + (2 * chunk + 1) * width};
-    const int64_t begin = chunk * rows;
-    backward_of_chunk(call, passes, weight, sums, begin, smaller(begin + rows, shape.rows));
+  deal(ceiling(chunks, at_once), threads, [&](int64_t task) {
+    const int64_t last = smaller((task + 1) * at_once, chunks), stop = smaller(last * rows, shape.rows);
+    for (int64_t chunk = task * at_once; chunk < last; chunk++) {
+      const WeightGradients sums = {partial + 2 * chunk * width, partial + (2 * chunk + 1) * width};
+      const int64_t begin = chunk * rows;
+      backward_of_chunk(call, passes, weight, sums, begin, smaller(begin + rows, shape.rows), stop);
+    }
   });
   reduce_weight_gradients<Format>(call, partial, chunks, threads);
 }
