@@ -10,6 +10,10 @@
 // rows of the next first pass meanwhile.
 // Traffic an element: two reads and one write, one read more with grad_summed, one write more with dropout.
 //
+// A loop of the same reads and streamed writes that computes nothing takes 0.71 to 0.77 of the time in fp32 (0.67 at
+// 12288 columns) and 0.54 to 0.61 in bf16, two threads. Fetching one tensor in the first pass and one in the second did
+// not help (0.9 to 1.0).
+//
 // The weight gradients are summed in fp32 over chunks of rows, and then over the chunks as a tree: the same order for
 // any number of threads, no lock and no atomic addition.
 #include "norm.h"

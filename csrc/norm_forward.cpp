@@ -9,6 +9,12 @@
 // are computed several side by side.
 // Traffic an element: one read and one write, or two and two with a branch.
 //
+// How near that is to the machine, two threads, sizes of a GPT: a loop of the same reads and streamed writes, each row
+// read twice, that computes nothing takes 0.97 to 0.99 of the time in fp32 (0.76 at 12288 columns), 0.64 to 0.67 in
+// bf16. Of bf16, arithmetic in the cache takes as long as memory does (14 cycles for 32 columns each), and they overlap
+// by half. What did not help: other distances, caches and shares of lines for the fetches; no fetches (0.86 to 1.03);
+// both passes in one loop, a row apart (0.95 to 1.08).
+//
 // The statistics take one pass where the row's mean is small beside its deviation, as a residual stream's is: then the
 // sum of squares gives the variance. Otherwise another pass, in the cache, takes deviations from the mean, so that a
 // mean of 10⁶ costs the variance nothing: they are exact near that mean.
