@@ -69,8 +69,8 @@ def attention_decode_kernel(
     first_key = split * split_keys
     output_tile, row_logsumexp = attend_to_all(
         rows,
-        tokens_of(key, kv_head, sequence, sequences, ALIGNMENT),
-        tokens_of(value, kv_head, sequence, sequences, ALIGNMENT),
+        tokens_of(key, kv_head, sequence, sequences, ALIGNMENT, HEAD_DIM, BLOCK_N, BLOCK_D, ADDRESSES),
+        tokens_of(value, kv_head, sequence, sequences, ALIGNMENT, VALUE_DIM, BLOCK_N, BLOCK_DV, ADDRESSES),
         0, sequence.queries - 1, first_key, tl.minimum(sequence.keys, first_key + split_keys), rule,
         scoring_of(rule, sequence.number, head, band_of(rule, sequence.queries, sequence.keys), MASK_ALIGNMENT),
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, ADDRESSES, PRECISION,

@@ -236,8 +236,12 @@ def attention_forward_kernel(
     rows = Rows(signed(query_tile, rule), queries, positions, plane)
     output_tile, row_logsumexp = attend_to_all(
         rows,
-        tokens_of(key, head // group, sequence, sequences, ALIGNMENT),
-        tokens_of(value, head // group, sequence, sequences, ALIGNMENT),
+        tokens_of(
+            key, head // group, sequence, sequences, ALIGNMENT, HEAD_DIM, BLOCK_N, BLOCK_D, KEY_ADDRESSES
+        ),
+        tokens_of(
+            value, head // group, sequence, sequences, ALIGNMENT, VALUE_DIM, BLOCK_N, BLOCK_DV, KEY_ADDRESSES
+        ),
         first_query, tl.minimum(first_query + BLOCK_M, sequence.queries) - 1, 0, end_key, rule, scoring,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, KEY_ADDRESSES, PRECISION,
     )  # fmt: skip
@@ -251,8 +255,28 @@ def attention_forward_kernel(
     tl.store(logsumexp + plane * q_len + positions, row_logsumexp[:, None], mask=row_mask)
 
 
-def key_addresses(tiles: AttentionTiles, key: torch.Tensor, value: torch.Tensor) -> str | int:
-    """How addresses of keys and values are computed: what `load_tokens` calls ADDRESSES."""
+def by_descriptor(tensor: torch.Tensor, block: int, is_paged: bool) -> bool:
+    """Whether a descriptor can load tiles of `block` rows of keys or values [B, Hkv, S, D], packed or not.
+
+    The tensor memory accelerator wants columns side by side, and all else at multiples of 16 bytes.
+    Pages are scattered; and tiles as small as those that are guarded are loaded as they are.
+    """
+    itemsize = tensor.element_size()
+    address = tensor.storage_offset() * itemsize if tensor.device.type == "meta" else tensor.data_ptr()
+    return (
+        not is_paged
+        and block > GUARD_BLOCK.value
+        and tensor.stride(-1) == 1
+        and 0 < tensor.stride(-2) * itemsize < 2**32
+        and all(stride * itemsize % 16 == 0 for stride in tensor.stride()[:-1])
+        and address % 16 == 0
+    )
+
+
+def key_addresses(tiles: AttentionTiles, key: torch.Tensor, value: torch.Tensor, is_paged: bool = False) -> str | int:
+    """How addresses of keys and values are computed: what `load_tokens` calls ADDRESSES, or "descriptors"."""
+    if tiles.descriptors and all(by_descriptor(tensor, tiles.block_n, is_paged) for tensor in (key, value)):
+        return "descriptors"
     stride = key.stride(-2)
     if tiles.compiled_stride and stride == value.stride(-2) and tiles.block_n * stride < 2**31:
         return stride
@@ -266,6 +290,7 @@ def attention_forward_call(
     tiles: AttentionTiles,
 ) -> Call:
     """The launch that fills `output` [B, H, T, Dv] and `logsumexp` [B, H, T] (float32, natural logarithm)."""
+    key_loads = key_addresses(tiles, inputs.key, inputs.value, inputs.options.block_table is not None)
     q_tiles = triton.cdiv(inputs.longest_query, tiles.block_m)
     return Call(
         kernel=attention_forward_kernel,
@@ -276,7 +301,8 @@ def attention_forward_call(
             "logsumexp": logsumexp,
             "q_tiles": q_tiles,
             "ADDRESSES": addresses(tiles.products, (tiles.block_m, inputs.query)),
-            "KEY_ADDRESSES": key_addresses(tiles, inputs.key, inputs.value),
+            "KEY_ADDRESSES": key_loads,
         },
         options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        makes_descriptors=key_loads == "descriptors",
     )

@@ -30,6 +30,9 @@ class AttentionTiles:
         prefetch_masked: The gradients of keys and values load masked tiles ahead, too, which takes registers.
         compiled_stride: The forward has the stride from key to key and from value to value compiled in, if it is the
             same: it changes with the model, not with its batches. Addresses then take one instruction for 16 bytes.
+        descriptors: The forward loads keys and values by tensor descriptors: one thread asks for a tile, and the tensor
+            memory accelerator computes addresses. `Target.has_descriptors` says where, and `by_descriptor` of which
+            tensors; others are loaded as if this were not asked for.
     """
 
     block_m: int
@@ -39,6 +42,7 @@ class AttentionTiles:
     products: bool = False
     prefetch_masked: bool = True
     compiled_stride: bool = False
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,29 @@ FORWARD = (
     Row(CDNA, "ieee", 256, AttentionTiles(16, 16, 4, 1), "the smallest tile there is", scores="rich"),
     Row(RDNA, "ieee", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich", spills=True),
     Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
+)
+
+# The forward's other choice, where a target has it; of 128 columns sm_120 spills. Off until a GPU has confirmed it:
+# `python -m trilby.bench --device cuda` measures both, and says which to turn on. Warps that only load are no choice
+# yet: the compiler (triton 3.9) breaks off on sm_100.
+FORWARD_BY_DESCRIPTOR = (
+    Row(
+        ("sm_90",),
+        "half",
+        64,
+        AttentionTiles(128, 128, 8, 2, descriptors=True),
+        "205 registers; 6.9 instructions a score besides the tensor cores', by pointers 7.1",
+    ),
+    Row(
+        ("sm_90",),
+        "half",
+        128,
+        AttentionTiles(128, 128, 8, 2, descriptors=True),
+        "248 registers, 161 KiB; 7.6 instructions a score, by pointers 7.9",
+    ),
+    Row(("sm_100",), "half", 64, AttentionTiles(128, 128, 8, 2, descriptors=True), "254 registers, 81 KiB"),
+    Row(("sm_100",), "half", 128, AttentionTiles(128, 64, 8, 2, descriptors=True), "242 registers, 97 KiB"),
+    Row(("sm_120",), "half", 64, AttentionTiles(128, 64, 8, 2, descriptors=True), "176 registers, 32 KiB"),
 )
 
 BACKWARD_KEY_VALUE = (

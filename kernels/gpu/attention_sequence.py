@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .attention_score import Band
+from .attention_score import GUARD_BLOCK, Band
 from .tile import Head, Heads, head_of, load_tile, load_tokens, stride_of
 
 
@@ -88,6 +88,7 @@ class Tokens(NamedTuple):
     """One head of the keys or values of a sequence."""
 
     head: Head  # paged: page 0 of the cache
+    descriptor: tl.tensor_descriptor | None  # of the keys that exist, in tiles of so many
     stride_page: tl.tensor | None  # elements from one page to the next
     table: tl.tensor | None  # the pages of the sequence
     table_stride: tl.tensor | None
@@ -96,9 +97,18 @@ class Tokens(NamedTuple):
 
 @triton.jit
 def tokens_of(
-    heads: Heads, head: tl.tensor, sequence: Sequence, sequences: Sequences, ALIGNMENT: tl.constexpr
+    heads: Heads,
+    head: tl.tensor,
+    sequence: Sequence,
+    sequences: Sequences,
+    ALIGNMENT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ADDRESSES: tl.constexpr,  # `call.addresses`
 ) -> Tokens:
     """The keys or values of a head of a sequence, from the first on."""
+    descriptor = None
     stride_page = None
     table = None
     table_stride = None
@@ -112,7 +122,11 @@ def tokens_of(
         table_stride = pages.stride_page
         page_size = pages.size
     tokens = head_of(heads, batch, head, sequence.first_key, ALIGNMENT)
-    return Tokens(tokens, stride_page, table, table_stride, page_size)
+    if ADDRESSES == "descriptors":
+        descriptor = tl.make_tensor_descriptor(
+            tokens.pointer, [sequence.keys, DIM], [tokens.stride_t, 1], [BLOCK, BLOCK_DIM]
+        )
+    return Tokens(tokens, descriptor, stride_page, table, table_stride, page_size)
 
 
 @triton.jit
@@ -127,8 +141,14 @@ def load_keys(
     MASKED: tl.constexpr,
     ADDRESSES: tl.constexpr,  # `call.addresses`
 ) -> tl.tensor:
-    """Keys or values first ... first + BLOCK - 1; every one by its page if paged."""
-    if tokens.table is None:
+    """Keys or values first ... first + BLOCK - 1; every one by its page if paged.
+
+    By descriptor, what lies past the last key is 0, and what a window or causality hides is read as any other: results
+    that it makes NaN are computed again, from tiles that no descriptor is for (`attention_score.weigh`).
+    """
+    if tokens.descriptor is not None and BLOCK != GUARD_BLOCK:
+        tile = tokens.descriptor.load([first, 0])
+    elif tokens.table is None:
         tile = load_tokens(tokens.head, first, low, end, DIM, BLOCK, BLOCK_DIM, MASKED, ADDRESSES)
     else:
         numbers = first + tl.arange(0, BLOCK)[:, None]

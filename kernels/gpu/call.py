@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import triton
 
 from .tile import Heads
 
@@ -23,6 +26,7 @@ class Call:
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     options: Mapping[str, int]
+    makes_descriptors: bool = False
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`; an empty grid is no launch."""
@@ -31,7 +35,21 @@ class Call:
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             # Contraction of a * b + c is what a GPU does by default; triton 3.9 warns unless it is asked for.
-            self.kernel[self.grid](**self.arguments, **self.options, enable_fp_fusion=True)
+            launch = partial(self.kernel[self.grid], **self.arguments, **self.options, enable_fp_fusion=True)
+            if self.makes_descriptors:
+                copy_context().run(_launch_with_memory, launch, device)
+            else:
+                launch()
+
+
+def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> None:
+    """Launch what makes tensor descriptors: Triton asks for memory to write them to, 128 bytes each."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)  # in a context of its own: the user's own allocator stays
+    launch()
 
 
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:

@@ -31,6 +31,11 @@ class Target:
     warp_size: int
     shared_memory: int
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether it loads tiles by tensor descriptors."""
+        return isinstance(self.architecture, int) and self.architecture >= 90
+
 
 @dataclass(frozen=True)
 class Device:

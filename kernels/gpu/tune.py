@@ -68,7 +68,11 @@ def questions(
                 yield Question(
                     place_of(table, device.target, row),
                     asdict(row.tiles),
-                    (candidates or attention_candidates)(row),
+                    tuple(
+                        numbers
+                        for numbers in (candidates or attention_candidates)(row)
+                        if not numbers.get("descriptors") or (name == "forward" and device.target.has_descriptors)
+                    ),
                     partial(_attention_call, name, row, torch_device),
                 )
     for name, norms, tiles in (

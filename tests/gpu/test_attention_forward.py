@@ -1,5 +1,7 @@
 """The Triton attention kernels compute what kernels/reference/ says, as exactly as PyTorch's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from trilby.kernels.gpu.attention_launch import AttentionTiles
 SMALL = AttentionTiles(block_m=32, block_n=16, num_warps=4, num_stages=1)
 FULL, CAUSAL = (reference.AttentionOptions.plain(is_causal, 0.25) for is_causal in (False, True))
 WIDE = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1)
+DESCRIPTORS = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1, descriptors=True)
 COMPILED = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1, compiled_stride=True)
 
 
@@ -59,6 +62,40 @@ def test_strides_that_are_compiled_in(kernels, dims):
     query, key, value = inputs(2, 2, 2, 70, 70, *dims)
     key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (key, value))
     assert_exact(kernels, query, key, value, True, tiles=COMPILED)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("T", "S", "D"), [(70, 70, 16), (33, 90, 40), (90, 33, 16)])
+def test_tensor_descriptors(kernels, T, S, D, is_causal):
+    assert_exact(kernels, *inputs(2, 4, 2, T, S, D), is_causal, tiles=DESCRIPTORS)
+
+
+def test_tensor_descriptors_give_the_bits_of_pointers(kernels):
+    tensors = inputs(2, 2, 2, 70, 70, 16)
+    by_pointer = kernels.attention(*tensors, *CAUSAL, tiles=replace(DESCRIPTORS, descriptors=False))
+    by_descriptor = kernels.attention(*tensors, *CAUSAL, tiles=DESCRIPTORS)
+    assert all(map(torch.equal, by_descriptor, by_pointer))
+
+
+def test_tensor_descriptors_leak_nothing_of_hidden_keys(kernels):
+    query, key, value = inputs(2, 2, 2, 70, 70, 16)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)[:, :, :60]
+    truth = reference.attention(query.double(), key.double(), value.double(), *CAUSAL)[0][:, :, :60]
+    key[:, :, 60:], value[:, :, 60:] = torch.nan, torch.inf
+    output, _ = kernels.attention(query, key, value, *CAUSAL, tiles=DESCRIPTORS)
+    assert_as_exact_as(output[:, :, :60], expected, truth, "output")
+
+
+def test_tensor_descriptors_end_where_a_packed_sequence_ends(kernels):
+    query, key, value = inputs(1, 2, 2, 70, 90, 16)
+    starts = torch.tensor([0, 30, 70], dtype=torch.int32), torch.tensor([0, 50, 90], dtype=torch.int32)
+    options = FULL._replace(query_starts=starts[0], key_starts=starts[1], longest_query=40)
+    expected = kernels.attention(query, key, value, *options, tiles=replace(DESCRIPTORS, descriptors=False))
+    key[:, :, 50:] = torch.nan  # the second sequence's
+    value[:, :, 50:] = torch.nan
+    output, logsumexp = kernels.attention(query, key, value, *options, tiles=DESCRIPTORS)
+    assert torch.equal(output[:, :, :30], expected[0][:, :, :30])
+    assert torch.equal(logsumexp[:, :, :30], expected[1][:, :, :30])
 
 
 @pytest.mark.parametrize("T", [1, 40, 130])

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trilby.kernels.gpu.attention_forward import key_addresses
-from trilby.kernels.gpu.attention_launch import AttentionTiles
+from trilby.kernels.gpu.attention_forward import by_descriptor, key_addresses
+from trilby.kernels.gpu.attention_launch import FORWARD_BY_DESCRIPTOR, AttentionTiles
 from trilby.kernels.gpu.call import addresses
 from trilby.kernels.gpu.compile import compile_call
 from trilby.kernels.gpu.matrix import AttentionShape, attention_cases, cases, norm_cases
@@ -128,6 +128,40 @@ def test_a_stride_is_compiled_in_where_keys_and_values_share_it():
     assert key_addresses(replace(tiles, compiled_stride=False), key, key) == "products"
     assert key_addresses(tiles, key, other) == "products"
     assert key_addresses(tiles, far, far) == "products"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=() if row.targets == ("sm_90",) and row.head_dim == 64 else pytest.mark.slow)
+        for row in FORWARD_BY_DESCRIPTOR
+    ],
+    ids=lambda row: f"{row.targets[0]} D {row.head_dim}",
+)
+def test_tensor_descriptors_are_machine_instructions(row):
+    """What a tile of keys and of values takes is one instruction, and no register spills."""
+    compilation = compile_call(AttentionShape(torch.bfloat16, row.head_dim).forward(row.tiles), TARGETS[row.targets[0]])
+    assert TARGETS[row.targets[0]].has_descriptors
+    assert compilation.assembly.count("UTMALDG") >= 4
+    assert compilation.spills == compilation.local_bytes == compilation.scalar_dots == 0
+    assert compilation.shared_bytes <= TARGETS[row.targets[0]].shared_memory
+
+
+def test_which_tensors_a_descriptor_can_load():
+    shape, strides = (2, 12, 1024, 64), (12 * 64 * 1024, 64, 12 * 64, 1)
+    key = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
+    assert by_descriptor(key, 64, is_paged=False)
+    assert not by_descriptor(key, 64, is_paged=True)
+    assert not by_descriptor(key, 16, is_paged=False)  # as small as what is guarded
+    for refused in (
+        torch.empty(2, 12, 64, 1024, dtype=torch.bfloat16, device="meta").transpose(2, 3),  # columns apart
+        torch.empty(2, 12, 1024, 60, dtype=torch.bfloat16, device="meta"),  # rows of 120 bytes
+        torch.empty(2, 12, 1024, 72, dtype=torch.bfloat16, device="meta")[..., 4:68],  # begins at 8 bytes
+        torch.empty(2, 12, 1, 64, dtype=torch.bfloat16, device="meta").expand(shape),  # one row, again and again
+    ):
+        assert not by_descriptor(refused, 64, is_paged=False)
+    assert key_addresses(AttentionTiles(128, 64, 8, 2, descriptors=True), key, key) == "descriptors"
+    assert key_addresses(AttentionTiles(128, 64, 8, 2, descriptors=True), key, key, is_paged=True) == "narrow"
 
 
 def test_the_norms_are_in_the_matrix():

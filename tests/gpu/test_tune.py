@@ -146,7 +146,14 @@ def test_candidates_are_of_the_rows_own_size_or_twice_or_half_of_it():
 def test_choices_keep_the_tile():
     changed = [{name for name in each if each[name] != vars(ROW.tiles)[name]} for each in attention_choices(ROW)]
     assert all(len(one) == 1 for one in changed)
-    assert set.union(*changed) == {"num_stages", "products", "prefetch_masked", "compiled_stride"}
+    assert set.union(*changed) == {"num_stages", "products", "prefetch_masked", "compiled_stride", "descriptors"}
+
+
+@pytest.mark.parametrize(("target", "tables"), [("sm_80", set()), ("sm_90", {"forward"})])
+def test_descriptors_are_a_choice_of_the_forward_where_a_target_has_them(target, tables):
+    asked = questions(Device(TARGETS[target], 1), candidates=attention_choices)
+    offered = {one.place[0] for one in asked if any(each.get("descriptors") for each in one.candidates)}
+    assert offered == tables
 
 
 def test_the_answers_so_far_are_written_after_each_question(question, tmp_path, capsys):
