@@ -41,7 +41,7 @@ struct Limits {
       most_decoded_rows, few_decoded;
   std::vector<int64_t> fewest_decoded;  // in float32, bfloat16 and float16
   int64_t few_keys;
-  std::vector<int64_t> fewest_in_place;  // to few keys and to more; forward, backward, backward in half precision
+  std::vector<int64_t> fewest_in_place;  // to few keys and to more; inference, training; both in half precision
 } limits;
 
 // What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
@@ -120,33 +120,31 @@ bool is_trilbys_mask(const Tensor& mask, const Tensor& query, const Tensor& key)
   return has_dtype && (mask.dim() == 2 || mask.dim() == 4) && spreads(mask, q[0], q[1], q[2], key.sizes()[2]);
 }
 
-enum Direction { FORWARD, BACKWARD };
-
 // Whether a call is one for the kernel of few queries; few keys without a mask leave it nothing to gain.
-bool decodes(int64_t T, int64_t S, const Optional& mask, Direction direction) {
-  return direction == FORWARD && T <= limits.most_decoded && (mask || S > limits.few_keys);
+bool decodes(int64_t T, int64_t S, const Optional& mask, bool trains) {
+  return !trains && T <= limits.most_decoded && (mask || S > limits.few_keys);
 }
 
-// Whether trilby is the faster, of a call that its kernels can compute.
-bool is_worth_taking(const Tensor& query, const Tensor& key, const Optional& mask, Direction direction) {
+// Whether trilby is the faster, of a call that its kernels can compute. A forward that is to have a backward goes by
+// the limits of both together, and so does the backward: one side computes both. Each rounds the scores in its own way,
+// which is lost in a probability only if it is the way of the logsumexp, too. What is trilby's in training is so in
+// inference.
+bool is_worth_taking(const Tensor& query, const Tensor& key, const Optional& mask, bool trains) {
   const auto q = query.sizes(), k = key.sizes();
   const int64_t H = q[1], T = q[2], S = k[2], multiplications = query.numel() * S;
-  if (decodes(T, S, mask, direction)) {
+  if (decodes(T, S, mask, trains)) {
     const auto dtype = static_cast<size_t>(trilby::dtype_of(query, "query"));
     const int64_t fewest = limits.fewest_decoded[dtype] * (T <= limits.few_decoded ? 1 : 4);
     return H * T / k[1] <= limits.most_decoded_rows && multiplications >= fewest;
   }
   const bool is_float32 = query.scalar_type() == ScalarType::Float;
-  if (!mask) {
-    const size_t row = direction == FORWARD ? 0 : is_float32 ? 1 : 2;
-    return T >= limits.fewest_in_place[2 * row + (S > limits.few_keys)];
-  }
+  if (!mask) return T >= limits.fewest_in_place[4 * !is_float32 + 2 * trains + (S > limits.few_keys)];
   return T >= limits.fewest_queries && multiplications >= limits.fewest_multiplications &&
          (!is_float32 || (multiplications >= limits.fewest_masked_multiplications && hides_corner(*mask)));
 }
 
 bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p, const Optional& mask,
-                Direction direction) {
+                bool trains) {
   if (dropout_p != 0.0 || query.dim() != 4 || key.dim() != 4 || value.dim() != 4 || query.numel() == 0) return false;
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
   const int64_t B = q[0], H = q[1], D = q[3];
@@ -156,7 +154,7 @@ bool is_trilbys(const Tensor& query, const Tensor& key, const Tensor& value, dou
   }
   return has_kernel_dtype(query) && key.scalar_type() == query.scalar_type() &&
          value.scalar_type() == query.scalar_type() && (!mask || is_trilbys_mask(*mask, query, key)) &&
-         is_worth_taking(query, key, mask, direction);
+         is_worth_taking(query, key, mask, trains);
 }
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key) {
@@ -205,10 +203,27 @@ std::tuple<Tensor, Tensor> pytorchs_attention(const Tensor& query, const Tensor&
   return {Tensor(output), Tensor(logsumexp)};
 }
 
+// [B, H, T], its memory as PyTorch's (B, T, H). Marked, the memory is longer by one.
+Tensor empty_logsumexp(int64_t B, int64_t H, int64_t T, bool marked) {
+  const Sizes sizes = {B, H, T}, strides = {T * H, 1, H};
+  if (!marked) return empty(sizes, strides, ScalarType::Float);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(empty({B * H * T + 1}, {1}, ScalarType::Float).get(), 3,
+                                                               sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+bool is_marked(const Tensor& logsumexp) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(logsumexp.get(), &bytes));
+  return bytes > logsumexp.numel() * static_cast<int64_t>(sizeof(float));
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value, double dropout_p,
                                      bool is_causal, const Optional& given_mask, std::optional<double> scale) {
   const Optional mask = defined(given_mask);
-  if (!is_trilbys(query, key, value, dropout_p, mask, FORWARD)) {
+  const bool trains = aoti_torch_grad_mode_is_enabled();
+  if (!is_trilbys(query, key, value, dropout_p, mask, trains)) {
     return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
   }
   const Tensor output = torch::stable::empty_like(query);
@@ -218,7 +233,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
   const Tensor by_head = empty({B, H, T}, {H * T, T, 1}, ScalarType::Float);
-  const Tensor logsumexp = empty({B, H, T}, {T * H, 1, H}, ScalarType::Float);
+  // A compiled function computes its forward as in inference, and may want a backward all the same.
+  const Tensor logsumexp = empty_logsumexp(B, H, T, !trains && !is_worth_taking(query, key, mask, true));
   const trilby::AttentionForward problem = {shape,
                                             sequences,
                                             attention_rule(query, is_causal, mask, scale),
@@ -227,19 +243,24 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                             view_of(value),
                                             view_of(output),
                                             by_head.mutable_data_ptr<float>()};
-  const auto kernel = decodes(T, shape.key_length, mask, FORWARD) ? trilby::forward_kernel(trilby::kernels(), problem)
-                                                                  : trilby::kernels().attention_forward;
+  const auto kernel = decodes(T, shape.key_length, mask, trains) ? trilby::forward_kernel(trilby::kernels(), problem)
+                                                                 : trilby::kernels().attention_forward;
   kernel(problem, trilby::torch_threads());
   to_pytorchs(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                                      const Tensor& value, const Tensor& output,
-                                                      const Tensor& logsumexp, double dropout_p, bool is_causal,
+                                                      const Tensor& value, const Tensor& given_output,
+                                                      const Tensor& given_logsumexp, double dropout_p, bool is_causal,
                                                       const Optional& given_mask, std::optional<double> scale) {
   const Optional mask = defined(given_mask);
-  if (!is_trilbys(query, key, value, dropout_p, mask, BACKWARD) || grad_output.scalar_type() != query.scalar_type()) {
+  Tensor output = given_output, logsumexp = given_logsumexp;
+  if (!is_trilbys(query, key, value, dropout_p, mask, true) || grad_output.scalar_type() != query.scalar_type()) {
+    // To its own numbers alone PyTorch's backward is exact. The forward of few queries costs a third of it.
+    if (is_marked(logsumexp)) {
+      std::tie(output, logsumexp) = pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
+    }
     AtenTensorHandle gradients[3] = {}, given = mask ? mask->get() : nullptr;
     if (aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu_backward(
             grad_output.get(), query.get(), key.get(), value.get(), output.get(), logsumexp.get(), dropout_p, is_causal,

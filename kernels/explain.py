@@ -190,11 +190,13 @@ def _reasons(call: Call) -> Iterator[str]:
 
 
 def _reasons_against_flash_attention(name: str, arguments: dict[str, Any]) -> Iterator[str]:
-    """As the C++ kernels go by: forward and backward are two choices."""
+    """As the C++ kernels go by."""
     mask = arguments["attn_mask"]
     if mask is not None and mask.dim() not in (2, 4):
         yield f"attn_mask is {list(mask.shape)}, and PyTorch's operator takes 2 or 4 dimensions"
     if arguments["dropout_p"] != 0.0:
         yield f"dropout_p is {arguments['dropout_p']}, and PyTorch's operator drops nothing"
     call = AttentionCall.of(arguments["query"], arguments["key"], arguments["value"], mask, enable_gqa=True)
-    yield from attention_rules.reasons_for_pytorch(call._replace(trains="backward" in name, in_place=True))
+    yield from attention_rules.reasons_for_pytorch(
+        call._replace(trains="backward" in name or torch.is_grad_enabled(), in_place=True)
+    )

@@ -66,7 +66,7 @@ def of_pytorchs_operator(call: AttentionCall) -> AttentionCall:
         return call
     if mask is not None and (mask.is_differentiated or len(mask.shape) == 3):
         return call
-    return call._replace(in_place=True, trains=False, enable_gqa=True)
+    return call._replace(in_place=True, trains=torch.is_grad_enabled(), enable_gqa=True)
 
 
 @settings(max_examples=60, deadline=None)

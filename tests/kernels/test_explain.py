@@ -140,7 +140,7 @@ def test_every_reason_is_named():
     assert found.operator == "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert found.function == "scaled_dot_product_attention"
     reasons = "; ".join(found.reasons)
-    for part in ("not activated", "torch.float64", "300, above 256", "3 queries, fewer than 4"):
+    for part in ("not activated", "torch.float64", "300, above 256", "3 queries, fewer than 24, in training"):
         assert part in reasons
     assert str(found).startswith("scaled_dot_product_attention [1, 1, 3, 300]")
 
