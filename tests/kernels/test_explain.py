@@ -289,6 +289,7 @@ def varlen(dtype: torch.dtype = torch.float32) -> object:
     return varlen_attn(packed, packed, packed, starts, starts, longest, longest)
 
 
+@torch.no_grad()
 def decode(S: int) -> object:
     query, key = torch.randn(1, 4, 1, 64), torch.randn(1, 4, S, 64)
     return scaled_dot_product_attention(query, key, key)
