@@ -276,6 +276,7 @@ def test_more_queries_and_rows_are_pytorchs() -> None:
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 3])
+@torch.no_grad()
 def test_pytorchs_function_decodes_while_trilby_is_activated(T: int, dtype: torch.dtype) -> None:
     """The same bits come of the operator; PyTorch makes numbers to be added of a mask that is true where it is seen."""
     query, key, value = draw((2, 4, 4, T, 2048, 64, 64), dtype)
