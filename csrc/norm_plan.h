@@ -17,8 +17,8 @@ constexpr int64_t NORM_WIDE_ROW = 4096;
 // rows starts anew half as often as at 64: 3 % faster measured at (8192, 768). Fewer rows keep 64 chunks for the
 // threads; more than 128 chunks would make the sums themselves large.
 //
-// The partial sums of wide rows leave the second-level cache, so that few rows have half as many chunks there: 1.05 (in
-// fp32, 1.04) times as fast at (1024, 12288), where 64 chunks of 16 rows had moved a quarter of what bf16 rows do.
+// The partial sums of wide rows leave the second-level cache: 64 chunks of (1024, 12288) in bf16 moved a quarter of
+// what its rows do. Half as many, in tasks as below: 1.13 times as fast there, in fp32, too.
 static inline int64_t norm_chunk_rows(const NormShape& shape) {
   const int64_t rows = shape.rows, chunks_of_few = shape.width < NORM_WIDE_ROW ? 64 : 32;
   int64_t chunk = (rows + chunks_of_few - 1) / chunks_of_few;
@@ -33,17 +33,16 @@ static inline int64_t norm_chunks(const NormShape& shape) {
   return shape.rows > chunk ? (shape.rows + chunk - 1) / chunk : 1;  // no rows: one chunk of zeros
 }
 
-// Backward: chunks in one task, which change no result. The first rows of a task are what nothing fetched ahead, so
-// that four tasks a thread are faster than one a chunk: 1.03 to 1.17 times over the shapes of a GPT, most at (4096,
-// 768).
+// Backward: chunks in one task, which change no result. Nothing fetches the first rows of a task ahead, so that four
+// tasks a thread are faster than one a chunk: 1.03 to 1.05 times at 768 columns, 0.99 to 1.02 at 1600.
 static inline int64_t norm_task_chunks(int64_t chunks, int64_t threads) {
   return threads > 1 ? (chunks + 4 * threads - 1) / (4 * threads) : chunks;
 }
 
 // Forward: rows in one task, which change no result, and are a multiple of those that are normalized at once where they
 // are many. Four tasks a thread balance; 2^20 elements make a task long enough for its first rows, which nothing
-// fetched ahead, not to show (2^17, 10 rows of 12288: 1.15 times as slow in bf16, 1.10 in fp32; 2^14: 1.09 at (8192,
-// 768)), and 2^14 outweigh the dealing of it.
+// fetched ahead, not to show (2^17, 10 rows of 12288: 1.09 times as slow; 2^14: 1.09 at (8192, 768)), and 2^14 outweigh
+// the dealing of it.
 static inline int64_t norm_task_rows(const NormShape& shape, int64_t threads) {
   const int64_t most = (int64_t{1} << 20) / shape.width, least = (int64_t{1} << 14) / shape.width;
   int64_t rows = shape.rows / (4 * threads);
