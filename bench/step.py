@@ -113,10 +113,12 @@ def give(lesson: Lesson, options: argparse.Namespace) -> Outcome:
         for name in names:
             told = Told(name, lesson, torch.get_num_threads(), name == OURS or options.keep_memory)
             learners[name] = stack.enter_context(Learner(told))
-            learners[name].step()  # makes what stays, and is not counted
+            first = learners[name].step()  # makes what stays, and is not counted
+            print(f"{name}: the first step took {first:.1f} s", file=sys.stderr, flush=True)
         for _ in range(options.steps):
             for name, learner in learners.items():
                 seconds[name].append(learner.step())
+                print(f"{name}: a step took {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
         outcome = Outcome(lesson, seconds, {name: learner.peak() for name, learner in learners.items()})
         print("\n".join(outcome.lines()), flush=True)
         for name, learner in learners.items() if options.shares else ():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_as_exact_as
 from torch.utils._python_dispatch import TorchDispatchMode
 from trilby.gpt import loss as loss_module
-from trilby.gpt.loss import linear_cross_entropy, rows_per_chunk
+from trilby.gpt.loss import linear_cross_entropy, product_dtype, rows_per_chunk
 
 
 def problem(N=50, C=24, V=200, dtype=torch.float32):
@@ -39,7 +39,9 @@ def test_loss_and_gradients_are_as_exact_as_pytorchs(N, chunk_bytes):
         assert_as_exact_as(*three, name)
 
 
-def test_under_autocast_it_is_as_exact_as_pytorchs(chunk_bytes):
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_under_autocast_it_is_as_exact_as_pytorchs(chunk_bytes, is_slow, monkeypatch):
+    monkeypatch.setattr(loss_module, "_bfloat16_is_slow", lambda: is_slow)
     arguments = problem()
     hidden, weight, target = arguments
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,6 +51,16 @@ def test_under_autocast_it_is_as_exact_as_pytorchs(chunk_bytes):
     assert [tensor.dtype for tensor in ours] == [torch.float32] * 3
     for name, *three in zip(("loss", "grad input", "grad weight"), ours, rival, truth):
         assert_as_exact_as(*three, name)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_products_are_in_autocasts_dtype_where_that_is_the_faster_one(is_slow, monkeypatch):
+    monkeypatch.setattr(loss_module, "_bfloat16_is_slow", lambda: is_slow)
+    assert product_dtype("cpu", torch.float32) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype("cpu", torch.float32) == (torch.float32 if is_slow else torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        assert product_dtype("cpu", torch.float32) == torch.float16
 
 
 def test_the_logits_are_never_held(monkeypatch):
