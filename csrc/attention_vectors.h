@@ -103,11 +103,12 @@ static inline void panel_by_keys(const Sight& sight, const float* rows, int64_t 
     const SeenSteps steps = {sight.ends[PANEL_VECTORS - 1], seen};
     return product<PANEL_VECTORS, START>(columns, a, b, PANEL, out, PANEL, factors, steps);
   }
-  if (sight.vectors == PANEL_VECTORS) {
-    return product<PANEL_VECTORS, START>(columns, a, b, PANEL, out, PANEL, factors, RisingSteps{sight.ends});
+  const RisingSteps steps = {sight.ends};
+  if constexpr (Sight::STAIRS) {
+    if (sight.vectors == 2) return product<2, START>(columns, a, b, PANEL, out, PANEL, factors, steps);
+    if (sight.vectors == 1) return product<1, START>(columns, a, b, PANEL, out, PANEL, factors, steps);
   }
-  if (sight.vectors == 2) return product<2, START>(columns, a, b, PANEL, out, PANEL, factors, RisingSteps{sight.ends});
-  product<1, START>(columns, a, b, PANEL, out, PANEL, factors, RisingSteps{sight.ends});
+  product<PANEL_VECTORS, START>(columns, a, b, PANEL, out, PANEL, factors, steps);
 }
 
 struct ForwardProducts {
@@ -211,13 +212,13 @@ struct BackwardProducts {
   }
 
   // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d].
-  void add_to_values(int64_t p, const KeyBlock& block, const AttentionShape& shape, const Sight& sight,
+  void add_to_values(int64_t p, const KeyBlock&, const AttentionShape& shape, const Sight& sight,
                      const float* probabilities, float* grad_values) const {
     accumulate(grad_values, sight, probabilities, panels_[p].grads, whole_vectors(shape.value_dim));
   }
 
   // dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
-  void add_to_keys(int64_t p, const KeyBlock& block, const AttentionShape& shape, const Sight& sight,
+  void add_to_keys(int64_t p, const KeyBlock&, const AttentionShape& shape, const Sight& sight,
                    const float* grad_scores, float* grad_keys) const {
     accumulate(grad_keys, sight, grad_scores, panels_[p].queries, whole_vectors(shape.head_dim));
   }

@@ -101,6 +101,20 @@ struct RandomRows {
   Wides second[2];  // … this product
 };
 
+// The high half of every 64-bit lane in its low half, whatever comes into the other: as a shuffle, which AVX-512 does
+// beside the products, and not in their place, as it does shifts.
+template <int... LANE>
+static inline Wides high_halves(Wides wide, std::integer_sequence<int, LANE...>) {
+  return (Wides)__builtin_shufflevector((Bits)wide, (Bits)wide, (LANE | 1)...);
+}
+static inline Wides high_halves(Wides wide) {
+#if defined(__AVX512F__)
+  return high_halves(wide, std::make_integer_sequence<int, LANES>{});
+#else
+  return wide >> 32;
+#endif
+}
+
 static inline Wides broadcast_wide(uint32_t value) { return Wides{} + value; }
 
 // The rows `first` … `first` + LANES - 1, which share the high half of their number.
@@ -137,9 +151,9 @@ static inline void random_words(uint64_t seed, uint32_t high_of_rows, const Rand
     for (int parity = 0; parity < 2; parity++) {
       const Wides product0 = product_of_low_halves(counter[0][parity], 0xD2511F53u);
       const Wides product1 = product_of_low_halves(counter[2][parity], 0xCD9E8D57u);
-      counter[0][parity] = (product1 >> 32) ^ counter[1][parity] ^ broadcast_wide(round.key0);
+      counter[0][parity] = high_halves(product1) ^ counter[1][parity] ^ broadcast_wide(round.key0);
       counter[1][parity] = product1;
-      counter[2][parity] = (product0 >> 32) ^ counter[3][parity] ^ broadcast_wide(round.key1);
+      counter[2][parity] = high_halves(product0) ^ counter[3][parity] ^ broadcast_wide(round.key1);
       counter[3][parity] = product0;
     }
   }

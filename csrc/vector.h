@@ -65,16 +65,21 @@ struct PowerOfTwo {
   Vector rest, power;
 };
 
-static inline PowerOfTwo power_of_two(Vector x) {
-  const Vector clamped = x < -150.0f ? broadcast(-150.0f) : x;  // a NaN compares false and stays
-  const Vector shifted = clamped + 12582912.0f;                 // 1.5 · 2^23: rounds to an integer in the low bits
-  const Vector f = clamped - (shifted - 12582912.0f);           // [-0.5, 0.5]
+// (2^f - 1) / f for f in [-0.5, 0.5].
+static inline Vector power_of_fraction(Vector f) {
   Vector p = broadcast(1.5353362060e-4f);
   p = p * f + 1.3398874588e-3f;
   p = p * f + 9.6184373585e-3f;
   p = p * f + 5.5503324707e-2f;
   p = p * f + 2.4022647914e-1f;
-  p = p * f + 6.9314720286e-1f;
+  return p * f + 6.9314720286e-1f;
+}
+
+static inline PowerOfTwo power_of_two(Vector x) {
+  const Vector clamped = x < -150.0f ? broadcast(-150.0f) : x;  // a NaN compares false and stays
+  const Vector shifted = clamped + 12582912.0f;                 // 1.5 · 2^23: rounds to an integer in the low bits
+  const Vector f = clamped - (shifted - 12582912.0f);           // [-0.5, 0.5]
+  const Vector p = power_of_fraction(f);
   // The integer n sits in the low bits of `shifted`; 2^n is its exponent field. Below -126 the result is 0.
   const Integers n = (Integers)shifted << 23;
   const Integers one = (Integers)broadcast(1.0f);
@@ -97,6 +102,16 @@ static inline Vector exp2_of_nonpositive(Vector x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);
   return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
 }
+#elif defined(__AVX512F__)
+// 2^x for x <= 0 or x a NaN: within 0.94 ulp for results that are normal numbers, 0 below 2^-126, which are masked:
+// scaling to them would be done in microcode. 10 instructions; with the logarithm below, attention's forward is 1.03
+// to 1.08 times as fast as with the 13 of the other levels, at T = 128 to 1024.
+static inline Vector exp2_of_nonpositive(Vector x) {
+  const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vector power = power_of_fraction(f) * f + 1.0f;
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);
+  return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)power, (__m512)(x - f));
+}
 #else
 // 2^x for x <= 0 or x a NaN: within 0.7 ulp for results that are normal numbers, 0 below 2^-126. 13 instructions.
 static inline Vector exp2_of_nonpositive(Vector x) {
@@ -104,6 +119,22 @@ static inline Vector exp2_of_nonpositive(Vector x) {
   return (result.rest + 1.0f) * result.power;
 }
 #endif
+
+// The natural logarithm of x >= 2^-126, of 0 (-inf), of infinity or a NaN. x = m · 2^n with m in [0.71, 1.42), and
+// log(m) = 2 · artanh((m - 1) / (m + 1)), whose series is cut where it is 2e-9 off: within 2 ulp.
+static inline Vector logarithm(Vector x) {
+  const Integers n = ((Integers)x - 0x3f3504f3) >> 23;
+  const Vector m = (Vector)((Integers)x - (n << 23)), exponent = __builtin_convertvector(n, Vector);
+  const Vector s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  Vector p = broadcast(2.0f / 9.0f);
+  p = p * square + 2.0f / 7.0f;
+  p = p * square + 2.0f / 5.0f;
+  p = p * square + 2.0f / 3.0f;
+  const Vector high = exponent * 0.693359375f, low = exponent * -2.12194440e-4f;  // log(2) in two parts
+  const Vector result = high + (2.0f * s + (p * square * s + low));
+  const Vector finite = x < INFINITE ? result : x + x;
+  return x == 0.0f ? broadcast(-INFINITE) : finite;
+}
 
 // The hyperbolic tangent, from 1 - e^(-2|x|), which is exact to a few ulp for the smallest x, too: within 3 ulp.
 static inline Vector tanh(Vector x) {
