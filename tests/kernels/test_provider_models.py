@@ -217,3 +217,35 @@ def test_another_length_compiles_at_most_once_more(functions):
             x = torch.randn(4, T, 128)
             torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count <= 2
+
+
+FURTHER = {
+    "forward mode": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "a gradient's gradient": lambda f, x: torch.func.grad(lambda y: torch.func.grad(lambda z: f(z).sum())(y).sum())(x),
+}
+FLASH = {
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True).square(),
+    "layer norm": lambda x: F.layer_norm(x, (32,)).pow(3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own jvp
+@pytest.mark.parametrize("transform", FURTHER.values(), ids=FURTHER)
+@pytest.mark.parametrize("function", FLASH.values(), ids=FLASH)
+def test_what_autograd_makes_of_an_operator_is_pytorchs_number_or_its_error(function, transform):
+    x = torch.randn(1, 4, 64, 32)
+
+    def outcome() -> Tensor | str:
+        try:
+            return transform(function, x)
+        except (NotImplementedError, RuntimeError) as refused:
+            return str(refused).splitlines()[0]
+
+    expected = outcome()
+    with activated():
+        found = outcome()
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
