@@ -24,7 +24,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from .assembly import Instruction
+from trilby.kernels.gpu.assembly import Instruction
+
 from .multiprocessor import Rates
 
 WARP = 32

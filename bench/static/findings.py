@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from trilby.kernels.gpu.assembly import Program
 from trilby.kernels.gpu.targets import Target
 from triton import CompilationError
 
-from .assembly import Program
 from .bound import PIPES, TENSOR, Bound, Loop, bound, pipe_of
 from .compiling import PROCESSORS, Launch, compiling_for
 from .multiprocessor import MULTIPROCESSORS, RATES, resident_programs

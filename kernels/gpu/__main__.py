@@ -1,7 +1,9 @@
 """`python -m trilby.kernels.gpu matrix | tune`: compile every kernel for every GPU, or measure on the one that is here.
 
 `matrix` needs no GPU. It prints what became of each launch (registers, spills, shared memory, matrix instructions and
-16-byte accesses) and fails if one spills, exceeds its target's shared memory or multiplies without matrix instructions.
+16-byte accesses) and fails if one spills where its launch row does not say so, exceeds its target's shared memory,
+multiplies without matrix instructions or moves too little of what its loops move by 16 bytes. The last lines sum up
+each target.
 
 `tune` tries launch parameters other than the tables' own, and writes those that are clearly faster into a file, which
 holds wherever the environment variable TRILBY_LAUNCH_TABLE names it.
@@ -50,7 +52,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def compile_matrix(targets: Sequence[str], only: str, ledger: Ledger) -> int:
     """Compile what `ledger` does not know, print all, and return how many cases are not as they must be."""
     failed = compiled = total = 0
+    summary = []
     for name in targets or TARGETS:
+        total_before, failed_before = total, failed
         for case in cases(TARGETS[name]):
             if only not in case.name:
                 continue
@@ -65,6 +69,8 @@ def compile_matrix(targets: Sequence[str], only: str, ledger: Ledger) -> int:
             faults = [outcome] if isinstance(outcome, str) else case.faults(outcome)
             failed += bool(faults)
             print(f"{name:8} {case.name:56} {outcome if outcome not in faults else ''} {'; '.join(faults)}", flush=True)
+        summary.append(f"{name}: {total - total_before} cases, {failed - failed_before} failed")
+    print("\n".join(summary))
     print(f"{total} cases, {compiled} compiled now, {failed} failed")
     return failed
 

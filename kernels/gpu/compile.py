@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .assembly import Instruction, Program
 from .call import Call
 from .targets import Target
 
@@ -42,6 +43,7 @@ MATRIX_INSTRUCTION = {
 
 # Bytes of the largest global access there is.
 WIDE = 16
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(?:load|store)_(\w+)")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Compilation:
     scalar_dots: int  # matrix products that the compiler did not give to tensor cores
     wide_accesses: int  # global loads and stores of 16 bytes
     narrow_accesses: int  # global loads and stores of fewer
-    wide_share: float  # of the bytes of all of them, those that move 16 at once
+    wide_share: float  # of the bytes that innermost loops access (without loops: all), those that go by 16
     assembly: str  # the machine code's text: SASS, or AMD's assembly
 
     def __str__(self) -> str:
@@ -142,10 +144,8 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
         usage = _output_of(tools.cuobjdump.path, "-res-usage", file.name)
         assembly = _output_of(tools.nvdisasm.path, "-c", file.name)
     numbers = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    # Triton waits for its asynchronous copies through LDGDEPBAR: they are loads as well.
-    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E\S*", assembly)
-    sizes = [_sass_bytes(access) for access in accesses]
-    wide = sizes.count(WIDE)
+    program = Program.of(assembly)
+    sizes = [_bytes_of(one) for one in program.instructions if _is_access(one)]
     return Compilation(
         registers=numbers["REG"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
@@ -153,9 +153,9 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
-        wide_accesses=wide,
-        narrow_accesses=len(accesses) - wide,
-        wide_share=wide * WIDE / max(sum(sizes), 1),
+        wide_accesses=sizes.count(WIDE),
+        narrow_accesses=len(sizes) - sizes.count(WIDE),
+        wide_share=_wide_share(program),
         assembly=assembly,
     )
 
@@ -167,9 +167,8 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         found = re.search(rf"\.{name}:\s*(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    accesses = re.findall(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)", assembly)
-    sizes = [_amd_bytes(access) for access in accesses]
-    wide = sizes.count(WIDE)
+    program = Program.of(assembly)
+    sizes = [_bytes_of(one) for one in program.instructions if _is_access(one)]
     return Compilation(
         registers=number("vgpr_count"),
         spills=number("vgpr_spill_count"),
@@ -177,11 +176,29 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[target.name], assembly)),
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
-        wide_accesses=wide,
-        narrow_accesses=len(accesses) - wide,
-        wide_share=wide * WIDE / max(sum(sizes), 1),
+        wide_accesses=sizes.count(WIDE),
+        narrow_accesses=len(sizes) - sizes.count(WIDE),
+        wide_share=_wide_share(program),
         assembly=assembly,
     )
+
+
+def _wide_share(program: Program) -> float:
+    """What is accessed again and again counts, if anything is; what accesses nothing is as wide as can be."""
+    loops = program.loops(_is_access) or [program.instructions]
+    sizes = [_bytes_of(one) for loop in loops for one in loop if _is_access(one)]
+    return sizes.count(WIDE) * WIDE / sum(sizes) if sizes else 1.0
+
+
+def _is_access(instruction: Instruction) -> bool:
+    """Of global memory; Triton's asynchronous copies (LDGSTS) are loads as well."""
+    return instruction.is_in("LDG", "STG", "LDGSTS") or _AMD_ACCESS.match(instruction.opcode) is not None
+
+
+def _bytes_of(access: Instruction) -> int:
+    """What a thread moves with it."""
+    found = _AMD_ACCESS.match(access.opcode)
+    return _amd_bytes(found.group(1)) if found else _sass_bytes(access.opcode)
 
 
 def _sass_bytes(access: str) -> int:

@@ -39,6 +39,8 @@ from .targets import Device, Target
 BATCH, HEADS, LENGTH = 2, 12, 1024
 PROCESSORS = 132
 PAGE_SIZE = 16
+# Rows go by 16 bytes; the rest are their statistics and the seed: 16 of 96 bytes a thread at most.
+NORM_WIDE_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Case:
         call: The launch, of tensors on the meta device.
         multiplies: It must use matrix instructions.
         may_spill: Its row of the launch table says that it spills.
-        least_wide_share: Of the bytes that its loads and stores move, those that go by 16.
+        least_wide_share: Of the bytes that its innermost loops move, those that must go by 16.
     """
 
     name: str
@@ -70,8 +72,7 @@ class Case:
             found.append(f"{compilation.shared_bytes} bytes of shared memory, {self.target.shared_memory} allowed")
         if self.multiplies and (compilation.scalar_dots or not compilation.matrix_instructions):
             found.append(f"{compilation.scalar_dots} products without matrix instructions")
-        # AMD's 64 lanes have half as much of a row each: 8 bytes where norms of NVIDIA's have 16.
-        if self.target.backend == "cuda" and compilation.wide_share < self.least_wide_share:
+        if compilation.wide_share < self.least_wide_share:
             found.append(f"{compilation.wide_share:.0%} of the bytes by 16, {self.least_wide_share:.0%} are the least")
         return found
 
@@ -202,10 +203,22 @@ def attention_cases(target: Target) -> Iterator[Case]:
                 shape = dataclasses.replace(_shape(row), feature=feature)
                 call = getattr(shape, kernel)(row.tiles)
                 name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
-                yield Case(name, target, call, row.arithmetic != "ieee", row.spills)
+                least = least_wide_share(target, kernel, feature)
+                yield Case(name, target, call, row.arithmetic != "ieee", row.spills, least)
     shape = AttentionShape(torch.bfloat16, 128)
     yield Case(f"attention rows {shape}", target, shape.rows())
     yield Case(f"attention merge {shape}", target, shape.merge())
+
+
+def least_wide_share(target: Target, kernel: str, feature: str) -> float:
+    """What of an attention kernel's loops must go by 16 bytes: all tiles of queries, keys, values and their gradients.
+
+    The rest comes a number at a time, in the layout of the products: a mask's elements, and in the gradients what is
+    known of each row, of which AMD's lanes hold more rows (of 8 tiles' accesses there are 72 such).
+    """
+    if feature in ("mask", "bias", "everything"):
+        return 0.0
+    return 0.2 if target.backend == "hip" and kernel in ("key_value", "query") else 0.5
 
 
 def _shape(row: Row) -> AttentionShape:
@@ -228,7 +241,8 @@ def norm_cases(target: Target) -> Iterator[Case]:
                 )
                 dropped = " dropout" if drop.seed is not None else ""
                 may_spill = _may_spill(row, target, dtype) and drop.seed is None
-                yield Case(f"norm forward {_name(dtype)} N {width}{dropped}", target, call, may_spill=may_spill)
+                name = f"norm forward {_name(dtype)} N {width}{dropped}"
+                yield Case(name, target, call, False, may_spill, NORM_WIDE_SHARE)
         for row in (*NORM_BACKWARD, None):
             width = 65536 if row is None else row.width
             tiles = norm_backward_tiles(device, width)
@@ -237,7 +251,7 @@ def norm_cases(target: Target) -> Iterator[Case]:
             gradients = NormGradients(results.normalized, results.normalized, parts, parts)
             for number, call in enumerate(norm_backward_calls(inputs, gradients, dropout, tiles)):
                 name = f"norm backward {_name(dtype)} N {width} ({number})"
-                yield Case(name, target, call, may_spill=_may_spill(row, target, dtype))
+                yield Case(name, target, call, False, _may_spill(row, target, dtype), NORM_WIDE_SHARE)
         parts, total = _meta(PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
         yield Case(f"column sum {_name(dtype)}", target, column_sum_call(parts, total))
 

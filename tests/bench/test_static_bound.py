@@ -1,9 +1,9 @@
 """The model of the static report: against published peaks, published reckonings and published measurements."""
 
 import pytest
-from trilby.bench.static.assembly import Instruction
 from trilby.bench.static.bound import Loop, access_bytes, bound, pipe_of, shared_bytes, tensor_flops
 from trilby.bench.static.multiprocessor import MULTIPROCESSORS, RATES, resident_programs
+from trilby.kernels.gpu.assembly import Instruction
 
 # Data sheets: dense tensor cores in half precision, TFLOP/s; multiprocessors; GHz at which that holds.
 PEAKS = {"sm_80": (312, 108, 1.41), "sm_90": (989, 132, 1.83), "sm_100": (2250, 148, 1.85), "sm_89": (362, 142, 2.49)}
