@@ -58,6 +58,26 @@ inline View view_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
 }
 
+// Whether `mask` spreads over [B, H, T, S].
+inline bool spreads(const Tensor& mask, int64_t B, int64_t H, int64_t T, int64_t S) {
+  const int64_t to[4] = {B, H, T, S};
+  const auto sizes = mask.sizes();
+  const int64_t absent = 4 - mask.dim();
+  for (int64_t d = absent; d < 4; d++) {
+    if (sizes[d - absent] != 1 && sizes[d - absent] != to[d]) return false;
+  }
+  return true;
+}
+
+// `mask` as [B, H, T, S], stride 0 where it is spread.
+inline View spread_view(const Tensor& mask) {
+  const auto sizes = mask.sizes(), strides = mask.strides();
+  int64_t spread[4] = {};
+  const int64_t absent = 4 - mask.dim();
+  for (int64_t d = absent; d < 4; d++) spread[d] = sizes[d - absent] == 1 ? 0 : strides[d - absent];
+  return {const_cast<void*>(mask.const_data_ptr()), spread[0], spread[1], spread[2], spread[3]};
+}
+
 // torch's own threads. A call from inside a parallel region runs all workers in turn on the calling thread.
 inline Threads torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),

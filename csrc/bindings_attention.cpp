@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "attention_plan.h"
+#include "bindings_statistics.h"
 
 namespace {
 
@@ -21,6 +22,9 @@ using trilby::torch_threads;
 using trilby::view_of;
 
 using Maybe = std::optional<Tensor>;
+
+// As kernels/attention_rules.py has it: wider heads are computed by the reference.
+constexpr int64_t LARGEST_HEAD_DIM = 256;
 
 // What attention is asked for beyond query, key and value; kernels/options.py says what each means.
 struct Options {
@@ -191,6 +195,62 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   return {output, logsumexp};
 }
 
+// [1, H, rows, D], of packed sequences [rows, H, D].
+trilby::View packed_view(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {const_cast<void*>(tensor.const_data_ptr()), 0, strides[1], strides[0], strides[2]};
+}
+
+trilby::AttentionShape packed_shape(const Tensor& query, const Tensor& key, const Tensor& value) {
+  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
+                  "trilby::attention_output: packed query, key and value must be [rows, H, D]");
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  STD_TORCH_CHECK(v[0] == k[0] && v[1] == k[1] && k[2] == q[2] && (k[1] > 0 ? q[1] % k[1] == 0 : q[1] == 0),
+                  "trilby::attention_output: sizes of query, key and value do not agree");
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+                  "trilby::attention_output: query, key and value must have one dtype");
+  return {1, q[1], k[1], q[0], k[0], q[2], v[2], dtype_of(query, "query")};
+}
+
+// The common calls of attention in inference, checked here alone: whatever is refused, the function that called tells
+// what of it was wrong, or has it computed elsewhere. Of tiny inputs the call is what takes the time: this operator,
+// with fewer arguments and a single result, takes three quarters of what `attention` does.
+Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& value, Maybe mask, Maybe query_starts,
+                        Maybe key_starts, std::optional<double> scale, bool enable_gqa, std::optional<bool> lower_right,
+                        int64_t window_left, int64_t window_right) {
+  const bool packed = query_starts.has_value();
+  Options options = {};
+  options.query_starts = std::move(query_starts);
+  options.key_starts = std::move(key_starts);
+  const auto shape = packed ? packed_shape(query, key, value) : attention_shape(query, key, value, options);
+  const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length, S = shape.key_length;
+  STD_TORCH_CHECK(shape.head_dim <= LARGEST_HEAD_DIM && shape.value_dim <= LARGEST_HEAD_DIM,
+                  "trilby::attention_output: the head dimension is above ", LARGEST_HEAD_DIM);
+  STD_TORCH_CHECK(enable_gqa || H == shape.key_heads, "trilby::attention_output: query and key differ in heads");
+  STD_TORCH_CHECK(lower_right || T == S || (window_left < 0 && window_right < 0),
+                  "trilby::attention_output: lower_right must be said where lengths differ");
+  trilby::AttentionRule rule = {
+      static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(shape.head_dim))))};
+  rule.lower_right = lower_right.value_or(false);
+  rule.window_left = window_left;
+  rule.window_right = window_right;
+  if (mask) {
+    STD_TORCH_CHECK(!packed && mask->dim() <= 4 && trilby::spreads(*mask, B, H, T, S),
+                    "trilby::attention_output: mask must broadcast to [B, H, T, S]");
+    rule.mask_kind = mask_kind(*mask, query);
+    rule.mask = trilby::spread_view(*mask);
+  }
+  const auto sequences = attention_sequences(shape, key, options);
+  const Tensor output = packed ? trilby::empty_contiguous({T, H, shape.value_dim}, query.scalar_type())
+                               : empty_heads_inside(B, H, T, shape.value_dim, query.scalar_type());
+  trilby::Floats logsumexp(B * H * T);
+  const auto view = packed ? packed_view : view_of;
+  const trilby::AttentionForward problem = {shape,     sequences,   rule,         view(query),
+                                            view(key), view(value), view(output), logsumexp.data()};
+  trilby::forward_kernel(trilby::kernels(), problem)(problem, torch_threads());
+  return output;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                       const Tensor& value, const Tensor& output,
                                                       const Tensor& logsumexp, Maybe mask, Maybe alibi_slopes,
@@ -252,5 +312,6 @@ STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(trilby, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention));
+  library.impl("attention_output", TORCH_BOX(&attention_output));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
 }

@@ -32,6 +32,8 @@ using trilby::Kept;
 using trilby::Optional;
 using trilby::Sizes;
 using trilby::sizes_of;
+using trilby::spread_view;
+using trilby::spreads;
 using trilby::Statistics;
 using trilby::view_of;
 
@@ -65,26 +67,6 @@ bool has_kernel_dtype(const Tensor& tensor) {
 Optional defined(const Optional& tensor) { return tensor && tensor->defined() ? tensor : std::nullopt; }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
-
-// Whether `mask` spreads over [B, H, T, S].
-bool spreads(const Tensor& mask, int64_t B, int64_t H, int64_t T, int64_t S) {
-  const int64_t to[4] = {B, H, T, S};
-  const auto sizes = mask.sizes();
-  const int64_t absent = 4 - mask.dim();
-  for (int64_t d = absent; d < 4; d++) {
-    if (sizes[d - absent] != 1 && sizes[d - absent] != to[d]) return false;
-  }
-  return true;
-}
-
-// `mask` as [B, H, T, S], stride 0 where it is spread.
-trilby::View spread_view(const Tensor& mask) {
-  const auto sizes = mask.sizes(), strides = mask.strides();
-  int64_t spread[4] = {};
-  const int64_t absent = 4 - mask.dim();
-  for (int64_t d = absent; d < 4; d++) spread[d] = sizes[d - absent] == 1 ? 0 : strides[d - absent];
-  return {const_cast<void*>(mask.const_data_ptr()), spread[0], spread[1], spread[2], spread[3]};
-}
 
 trilby::Mask mask_kind(const Tensor& mask) {
   switch (mask.scalar_type()) {

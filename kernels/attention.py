@@ -3,7 +3,6 @@
 PyTorch's own function is the specification: whatever trilby has no faster kernel for runs it, with its errors.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,30 +10,26 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _pytorch
 
 from . import attention_rules, reference
-from .attention_arguments import Arguments, checked_softcap, contiguous
-from .attention_rules import FEWEST_DECODED, FEWEST_MULTIPLICATIONS, KERNEL_DTYPES, LARGEST_HEAD_DIM, AttentionCall
+from .attention_arguments import Arguments, AttentionArguments, checked_softcap, contiguous
+from .attention_at_once import ALL_KEYS, attention, attention_output, factor, output_at_once
+from .attention_rules import (
+    FEWEST_DECODED,
+    FEWEST_MULTIPLICATIONS,
+    KERNEL_DTYPES,
+    LARGEST_HEAD_DIM,
+    is_trilbys_inference,
+)
 from .observer import LIBRARIES, hand_over, hand_over_unseen
 from .ops import reasons_against_device
-from .options import TENSORS, UNBOUNDED, AttentionOptions
+from .options import UNBOUNDED, AttentionOptions
 from .seed import draw_seed
-from .shortcut import reasons_of_context, short_way
-
-_attention = short_way("attention", tensors=3 + TENSORS)
+from .shortcut import is_eager, reasons_of_context, wants_gradient
 
 
-def reasons_for_pytorch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-) -> tuple[str, ...]:
+def reasons_for_pytorch(asked: AttentionArguments) -> tuple[str, ...]:
     """Every reason why a call of `scaled_dot_product_attention` is PyTorch's to compute; none: trilby computes it."""
-    call = AttentionCall.of(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     context = () if torch.compiler.is_compiling() else reasons_of_context()
-    return context + attention_rules.reasons_for_pytorch(call)
+    return context + attention_rules.reasons_for_pytorch(asked.call)
 
 
 def scaled_dot_product_attention(
@@ -73,32 +68,23 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    # The cheapest question first.
+    # The cheapest questions first: a tiny call takes as long as ten of them.
+    if attn_mask is None and dropout_p == 0.0 and is_eager(query, key, value) and not wants_gradient(query, key, value):
+        dtypes = query.dtype, key.dtype, value.dtype
+        is_trilbys = is_trilbys_inference(query.shape, key.shape, value.shape, dtypes, enable_gqa)
+        if is_trilbys and not torch.is_autocast_enabled("cpu"):
+            window = UNBOUNDED, 0 if is_causal else UNBOUNDED
+            output: Tensor = attention_output(query, key, value, None, None, None, scale, enable_gqa, False, *window)
+            return output
     few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
     is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
     if is_small and not LIBRARIES:
         return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (
-            tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in (query, key, value)
-        )
-        if attn_mask is not None and attn_mask.dtype == torch.float32:
-            attn_mask = attn_mask.to(dtype)
-    if reasons := reasons_for_pytorch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-        return hand_over(reasons, lambda: _pytorch(*arguments, scale=scale, enable_gqa=enable_gqa))
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    options = AttentionOptions(
-        mask=None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2]),
-        seed=draw_seed(dropout_p, query.device),
-        scale=scale,
-        window_right=0 if is_causal else UNBOUNDED,
-        dropout_p=dropout_p,
-    )
-    output: Tensor = _attention(query, key, value, *options)[0]
-    return output
+    asked = AttentionArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).in_autocasts_dtype
+    if reasons := reasons_for_pytorch(asked):
+        return hand_over(reasons, asked.by_pytorch)
+    result: Tensor = attention(asked.query, asked.key, asked.value, *asked.options())[0]
+    return result
 
 
 def attend(
@@ -157,12 +143,17 @@ def attend(
         TypeError: A dtype that is not allowed.
         ValueError: Sizes that do not agree, or an alignment that is not said.
     """
-    arguments = Arguments(query, key, value, key_lengths, block_table)
-    arguments.check()
     if is_causal:
         window_size = (window_size[0], 0)
-    positional = window_size != (UNBOUNDED, UNBOUNDED) or alibi_slopes is not None
-    if positional and lower_right is None and (key_lengths is not None or query.shape[2] != key.shape[2]):
+    is_rich = alibi_slopes is not None or key_lengths is not None or block_table is not None or return_logsumexp
+    if not is_rich and softcap == dropout_p == 0.0:
+        at_once = output_at_once(query, key, value, attn_mask, None, None, scale, True, lower_right, window_size)
+        if at_once is not None:
+            return at_once
+    arguments = Arguments(query, key, value, key_lengths, block_table)
+    arguments.check()
+    lengths_agree = key_lengths is None and query.shape[2] == key.shape[2]
+    if lower_right is None and not lengths_agree and (window_size != ALL_KEYS or alibi_slopes is not None):
         raise ValueError(f"lower_right was not given, and query's length {query.shape[2]} may differ from the keys'")
     options = AttentionOptions(
         mask=arguments.expanded_mask(attn_mask),
@@ -170,7 +161,7 @@ def attend(
         seed=draw_seed(dropout_p, query.device),
         key_lengths=contiguous(key_lengths),
         block_table=contiguous(block_table),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        scale=factor(query, scale),
         lower_right=bool(lower_right),
         window_left=window_size[0],
         window_right=window_size[1],
@@ -189,7 +180,7 @@ def compute(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
             "trilby::attention", arguments, reasons, lambda: reference.attention(query, key, value, *options)
         )
         return output, logsumexp.detach()
-    results: tuple[Tensor, Tensor] = _attention(query, key, value, *options)
+    results: tuple[Tensor, Tensor] = attention(query, key, value, *options)
     return results
 
 

@@ -3,13 +3,87 @@
 Every error names the argument, what it was, and what is allowed.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_rules import Mask, errors_of_mask
+from .attention_rules import AttentionCall, Mask, errors_of_mask
+from .options import UNBOUNDED, AttentionOptions
+from .seed import draw_seed
+
+
+@dataclass(frozen=True)
+class AttentionArguments:
+    """The arguments of `scaled_dot_product_attention`, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def call(self) -> AttentionCall:
+        """What decides who computes them."""
+        query, key, value = self.query, self.key, self.value
+        return AttentionCall(
+            query.shape,
+            key.shape,
+            value.shape,
+            (query.dtype, key.dtype, value.dtype),
+            (query.device, key.device, value.device),
+            None if self.attn_mask is None else Mask.of(self.attn_mask),
+            self.dropout_p,
+            self.is_causal,
+            self.enable_gqa,
+            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        )
+
+    @property
+    def in_autocasts_dtype(self) -> "AttentionArguments":
+        """As autocast, where it is enabled, has PyTorch's function compute them."""
+        device = self.query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype, mask = torch.get_autocast_dtype(device), self.attn_mask
+        query, key, value = (
+            tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+            for tensor in (self.query, self.key, self.value)
+        )
+        if mask is not None and mask.dtype == torch.float32:
+            mask = mask.to(dtype)
+        return replace(self, query=query, key=key, value=value, attn_mask=mask)
+
+    def options(self) -> AttentionOptions:
+        """What the operator is asked for; dropout draws its seed."""
+        size = (*self.query.shape[:3], self.key.shape[2])
+        return AttentionOptions(
+            mask=None if self.attn_mask is None else self.attn_mask.expand(size),
+            seed=draw_seed(self.dropout_p, self.query.device),
+            scale=1.0 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale,
+            window_right=0 if self.is_causal else UNBOUNDED,
+            dropout_p=self.dropout_p,
+        )
+
+    def by_pytorch(self) -> Tensor:
+        """What PyTorch's function returns, or raises."""
+        return scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            self.attn_mask,
+            self.dropout_p,
+            self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
 
 
 @dataclass(frozen=True)

@@ -118,31 +118,6 @@ class AttentionCall(NamedTuple):
     trains: bool = False
     in_place: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        enable_gqa: bool = False,
-    ) -> "AttentionCall":
-        """That of the function's arguments."""
-        return cls(
-            query.shape,
-            key.shape,
-            value.shape,
-            (query.dtype, key.dtype, value.dtype),
-            (query.device, key.device, value.device),
-            None if attn_mask is None else Mask.of(attn_mask),
-            dropout_p,
-            is_causal,
-            enable_gqa,
-            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
-        )
-
 
 def hides(mask: Tensor) -> bool:
     """Whether `mask` may hide pairs, as far as it matters: of numbers in float32 a corner of a batch must show it.
@@ -165,6 +140,15 @@ def reasons_for_pytorch(call: AttentionCall) -> tuple[str, ...]:
     if torch.compiler.is_compiling():  # sizes are symbols there, and the answer a guard
         return tuple(_reasons(call))
     return _remembered_reasons(call)
+
+
+@lru_cache(4096)
+def is_trilbys_inference(
+    query: torch.Size, key: torch.Size, value: torch.Size, dtypes: tuple[torch.dtype, ...], enable_gqa: bool
+) -> bool:
+    """Whether trilby computes a call on a CPU without mask, dropout and gradients; soonest, since not why."""
+    devices = (torch.device("cpu"),) * 3
+    return not any(_reasons(AttentionCall(query, key, value, dtypes, devices, enable_gqa=enable_gqa)))
 
 
 @lru_cache(4096)

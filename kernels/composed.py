@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import attention, attention_rules, norm
-from .options import UNBOUNDED, AttentionOptions
+from .attention_arguments import AttentionArguments
+from .options import AttentionOptions
 from .override import StandIn
-from .seed import draw_seed
 
 
 def _reasons_of_tracing(*tensors: Tensor | None) -> tuple[str, ...]:
@@ -51,21 +51,16 @@ class ComposedAttention(NamedTuple):
             reasons += ("torch.nn.attention.sdpa_kernel rules out flash attention",)
         if self.dropout_mask is not None:
             reasons += ("dropout_mask is given",)
-        return reasons + attention.reasons_for_pytorch(
-            self.query, self.key, self.value, self.attn_mask, self.dropout_p, self.is_causal, self.enable_gqa
-        )
+        return reasons + attention.reasons_for_pytorch(self._asked)
+
+    @property
+    def _asked(self) -> AttentionArguments:
+        return AttentionArguments(*self[:6], self.scale, self.enable_gqa)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """PyTorch's function uses the first result alone. The second, all weights, is held by nobody: it is empty."""
-        size = (*self.query.shape[:3], self.key.shape[2])
-        options = AttentionOptions(
-            mask=None if self.attn_mask is None else self.attn_mask.expand(size),
-            seed=draw_seed(self.dropout_p, self.query.device),
-            scale=1.0 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale,
-            window_right=0 if self.is_causal else UNBOUNDED,
-            dropout_p=self.dropout_p,
-        )
-        return attention.compute(self.query, self.key, self.value, options)[0], self.query.new_empty(0)
+        output = attention.compute(self.query, self.key, self.value, self._asked.options())[0]
+        return output, self.query.new_empty(0)
 
 
 class ComposedMultiHeadAttention(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import attention_rules, composed, provider_on_gpu
-from .attention_rules import AttentionCall
+from .attention_arguments import AttentionArguments
 from .observer import Call, watched
 from .ops import NATIVE
 from .provider import ATTENTION, NORM, activated, reasons_against_layer_norm
@@ -31,6 +31,7 @@ _KNOWN_AS = {
     "aten::native_layer_norm_backward": "layer_norm, backward",
     "aten::rms_norm": "rms_norm",
     "trilby::attention": "scaled_dot_product_attention or attend",
+    "trilby::attention_output": "scaled_dot_product_attention or attend",
     "trilby::attention_backward": "scaled_dot_product_attention or attend, backward",
     "trilby::norm": "layer_norm or rms_norm",
     "trilby::add_norm": "add_layer_norm or add_rms_norm",
@@ -196,7 +197,8 @@ def _reasons_against_flash_attention(name: str, arguments: dict[str, Any]) -> It
         yield f"attn_mask is {list(mask.shape)}, and PyTorch's operator takes 2 or 4 dimensions"
     if arguments["dropout_p"] != 0.0:
         yield f"dropout_p is {arguments['dropout_p']}, and PyTorch's operator drops nothing"
-    call = AttentionCall.of(arguments["query"], arguments["key"], arguments["value"], mask, enable_gqa=True)
+    inputs = (arguments["query"], arguments["key"], arguments["value"])
+    call = AttentionArguments(*inputs, mask, enable_gqa=True).call
     yield from attention_rules.reasons_for_pytorch(
         call._replace(trains="backward" in name or torch.is_grad_enabled(), in_place=True)
     )

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import reasons_for_pytorch, scaled_dot_product_attention
+from .attention_arguments import AttentionArguments
 
 try:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[import-not-found, unused-ignore]
@@ -61,7 +62,8 @@ def attention(
     if attention_mask is not None and attention_mask.dim() == 4:
         attention_mask = attention_mask[..., : key.shape[2]]  # it may have room for keys to come
     asked_for = any(options.get(name) not in (None, False) for name in _OPTIONS)
-    if asked_for or reasons_for_pytorch(query, key, value, attention_mask, dropout, enable_gqa=True):
+    asked = AttentionArguments(query, key, value, attention_mask, dropout, enable_gqa=True)
+    if asked_for or reasons_for_pytorch(asked):
         results: tuple[Tensor, Tensor | None] = _sdpa(
             module,
             query,

@@ -53,6 +53,7 @@ _COMPUTED = (
     "aten::native_layer_norm_backward",
     "aten::_native_multi_head_attention",
     "trilby::attention",
+    "trilby::attention_output",
     "trilby::attention_backward",
     "trilby::norm",
     "trilby::add_norm",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd
 
 from . import native, reference
-from .options import AttentionOptions
+from .options import TENSORS, AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Operator:
     triton: bool = True
 
 
+_NO_GRADIENTS = (None,) * len(AttentionOptions._fields)
+
+
 def _empty_heads_inside(like: Tensor, B: int, H: int, T: int, D: int) -> Tensor:
     """[B, H, T, D] in the memory order (B, T, H, D)."""
     return like.new_empty(B, T, H, D).transpose(1, 2)
@@ -61,29 +64,44 @@ def _fake_attention_backward(
     )
 
 
+def _fake_attention_output(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    if query.dim() == 3:
+        return query.new_empty(*query.shape[:2], value.shape[-1])
+    B, H, T, _D = query.shape
+    return _empty_heads_inside(query, B, H, T, value.shape[-1])
+
+
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *options = inputs
-    asked = AttentionOptions(*options)
-    for name in ("mask", "alibi_slopes"):
-        tensor = getattr(asked, name)
+    query, key, value, mask, alibi_slopes, *_ = inputs
+    for name, tensor in (("mask", mask), ("alibi_slopes", alibi_slopes)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, and trilby::attention has none for it")
-    if asked.block_table is not None and (query.requires_grad or key.requires_grad or value.requires_grad):
+    tensors = 3 + TENSORS
+    if inputs[tensors - 1] is not None and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError("block_table is given, and trilby::attention has no gradients for keys in blocks")
-    ctx.numbers = asked.numbers
-    ctx.save_for_backward(query, key, value, *output, *asked.tensors)
+    ctx.numbers = inputs[tensors:]
+    ctx.save_for_backward(*inputs[:tensors], *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, output, logsumexp, *tensors = ctx.saved_tensors
+    query, key, value, *tensors, output, logsumexp = ctx.saved_tensors
     options = *tensors, *ctx.numbers
+    is_packed = query.dim() == 3  # [rows, H, D], of the short way
+    if is_packed:
+        query, key, value, output, grad_output = (
+            tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value, output, grad_output)
+        )
+    gradients: tuple[Tensor, ...]
     if torch.is_grad_enabled():  # the gradients are to be differentiated: by way of what the operator means
         meaning = reference.attention(query, key, value, *options)[0]
         gradients = torch.autograd.grad(meaning, (query, key, value), grad_output, create_graph=True)
     else:
-        gradients = torch.ops.trilby.attention_backward(grad_output, query, key, value, output, logsumexp, *options)
-    return *gradients, *(None,) * len(options)
+        compute = torch.ops.trilby.attention_backward.default
+        gradients = compute(grad_output, query, key, value, output, logsumexp, *options)
+    if is_packed:
+        gradients = tuple(gradient.squeeze(0).transpose(0, 1) for gradient in gradients)
+    return *gradients, *_NO_GRADIENTS
 
 
 def _fake_norm(
@@ -248,6 +266,14 @@ OPERATORS = (
         _fake_attention,
         _attention_backward,
         _save_attention,
+    ),
+    Operator(
+        "attention_output",
+        "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? query_starts, Tensor? key_starts, "
+        "float? scale, bool enable_gqa, bool? lower_right, int window_left, int window_right) -> Tensor",
+        reference.attention_output,
+        _fake_attention_output,
+        triton=False,
     ),
     Operator(
         "attention_backward",

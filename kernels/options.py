@@ -6,6 +6,7 @@ from torch import Tensor
 
 UNBOUNDED = -1
 TENSORS: Final = 7  # of the options, the first
+NO_TENSORS: Final = (None,) * TENSORS
 
 
 class AttentionOptions(NamedTuple):

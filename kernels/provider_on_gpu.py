@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention_rules, norm
-from .attention_rules import AttentionCall
+from .attention_arguments import AttentionArguments
 from .options import AttentionOptions
 from .override import StandIn
 
@@ -50,7 +50,7 @@ class FlashAttention(NamedTuple):
     def reasons_for_pytorch(self) -> tuple[str, ...]:
         """Those of attention."""
         reasons = ("return_debug_mask is given",) if self.return_debug_mask else ()
-        call = AttentionCall.of(*self[:3], None, self.dropout_p, self.is_causal, enable_gqa=True)
+        call = AttentionArguments(*self[:3], None, self.dropout_p, self.is_causal, enable_gqa=True).call
         return reasons + attention_rules.reasons_for_pytorch(call)
 
     def compute(self) -> tuple[Any, ...]:
@@ -87,7 +87,8 @@ class FlashAttentionBackward(NamedTuple):
 
     def reasons_for_pytorch(self) -> tuple[str, ...]:
         """Those of attention; whose the forward was is no matter."""
-        call = AttentionCall.of(self.query, self.key, self.value, None, self.dropout_p, self.is_causal, enable_gqa=True)
+        inputs = (self.query, self.key, self.value)
+        call = AttentionArguments(*inputs, None, self.dropout_p, self.is_causal, enable_gqa=True).call
         return attention_rules.reasons_for_pytorch(call._replace(trains=True))
 
     def compute(self) -> tuple[Tensor, ...]:
@@ -112,7 +113,7 @@ class EfficientAttention(NamedTuple):
 
     def reasons_for_pytorch(self) -> tuple[str, ...]:
         """Those of attention."""
-        call = AttentionCall.of(*self[:3], self.attn_bias, self.dropout_p, self.is_causal, enable_gqa=True)
+        call = AttentionArguments(*self[:3], self.attn_bias, self.dropout_p, self.is_causal, enable_gqa=True).call
         return attention_rules.reasons_for_pytorch(call)
 
     def compute(self) -> tuple[Tensor, ...]:
@@ -148,9 +149,8 @@ class EfficientAttentionBackward(NamedTuple):
 
     def reasons_for_pytorch(self) -> tuple[str, ...]:
         """Those of attention; whose the forward was is no matter."""
-        call = AttentionCall.of(
-            self.query, self.key, self.value, self.attn_bias, self.dropout_p, self.is_causal, enable_gqa=True
-        )
+        inputs = (self.query, self.key, self.value)
+        call = AttentionArguments(*inputs, self.attn_bias, self.dropout_p, self.is_causal, enable_gqa=True).call
         return attention_rules.reasons_for_pytorch(call._replace(trains=True))
 
     def compute(self) -> tuple[Tensor | None, ...]:

@@ -38,6 +38,23 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_eager(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a call of attention is computed here and now, on a CPU, in no transform that operators need rules for."""
+    return (
+        not torch.compiler.is_compiling()
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether somebody may want a gradient of the call."""
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+
+
 def reasons_of_context() -> tuple[str, ...]:
     """Why a call is PyTorch's to compute, whatever it is: what the thread is in the midst of."""
     if torch._C._are_functorch_transforms_active():
@@ -69,11 +86,19 @@ def _function(operator: Operator, compute: Callable[..., Any]) -> Callable[..., 
     return apply
 
 
-def short_way(name: str, tensors: int) -> Callable[..., Any]:
-    """The operator `name`, whose first `tensors` arguments are tensors or None, to be called as often as wanted."""
+def short_way(
+    name: str, tensors: int, around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """The operator `name`, whose first `tensors` arguments are tensors or None, to be called as often as wanted.
+
+    `around` brings arguments and results from one layout to another: within the autograd node, where views cost no
+    nodes of their own.
+    """
     operator = next(operator for operator in OPERATORS if operator.name == name)
     in_full = getattr(torch.ops.trilby, name).default
-    compute = partial(in_full.redispatch, _CPU)
+    compute: Callable[..., Any] = partial(in_full._handle.redispatch_boxed, _CPU)
+    if around is not None:
+        in_full, compute = around(in_full), around(compute)
     differentiably = in_full if operator.backward is None else _function(operator, compute)
 
     def call(*arguments: Any) -> Any:

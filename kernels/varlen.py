@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .attention import compute
 from .attention_arguments import Arguments, check_integers, checked_softcap, contiguous
+from .attention_at_once import factor, output_at_once
 from .options import UNBOUNDED, AttentionOptions
 from .seed import draw_seed
 
@@ -78,6 +78,12 @@ def varlen_attn(
         TypeError: A dtype that is not allowed.
         ValueError: Sizes that do not agree.
     """
+    is_rich = seqused_k is not None or alibi_slopes is not None or (return_aux is not None and return_aux.lse)
+    is_common = not is_rich and block_table is None and softcap == dropout_p == 0.0
+    if is_common and cu_seq_q.is_cpu and cu_seq_k is not None and cu_seq_k.is_cpu:
+        at_once = output_at_once(query, key, value, None, cu_seq_q, cu_seq_k, scale, enable_gqa, True, window_size)
+        if at_once is not None:
+            return at_once
     rank = 3 if block_table is None else 4
     for name, tensor, dimensions in (("query", query, 3), ("key", key, rank), ("value", value, rank)):
         if tensor.dim() != dimensions:
@@ -101,7 +107,7 @@ def varlen_attn(
         key_starts=contiguous(cu_seq_k),
         key_lengths=contiguous(seqused_k),
         block_table=contiguous(block_table),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        scale=factor(query, scale),
         lower_right=True,
         window_left=window_size[0],
         window_right=window_size[1],

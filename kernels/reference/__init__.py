@@ -5,7 +5,7 @@ inputs are computed with in float32 and rounded once at the end, so that in floa
 """
 
 from ..options import AttentionOptions
-from .attention import attention, attention_backward, visible
+from .attention import attention, attention_backward, attention_output, visible
 from .blocks import decode_blocks
 from .gelu import gelu, gelu_backward
 from .linear import linear
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_dropout_factors",
+    "attention_output",
     "decode_blocks",
     "dropout_factors",
     "gelu",

@@ -185,6 +185,50 @@ def attention(
     return _heads_inside(output.to(query.dtype)), logsumexp
 
 
+def attention_output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+    lower_right: bool | None,
+    window_left: int,
+    window_right: int,
+) -> Tensor:
+    """The output of `attention` alone.
+
+    Args:
+        query: [B, H, T, D], or, packed, [all queries, H, D]; key and value likewise.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        mask: Broadcasts to [B, H, T, S]; as `AttentionOptions` says.
+        query_starts: As there; none: not packed.
+        key_starts: Likewise.
+        scale: As there; 1/√D by default.
+        enable_gqa: Whether H may be a multiple of Hkv.
+        lower_right: As there; none where it does not matter.
+        window_left: As there.
+        window_right: As there.
+    """
+    if query_starts is not None:
+        query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    options = AttentionOptions(
+        mask=None if mask is None else mask.expand(*query.shape[:3], key.shape[2]),
+        query_starts=query_starts,
+        key_starts=key_starts,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        lower_right=bool(lower_right),
+        window_left=window_left,
+        window_right=window_right,
+        longest_query=0 if query_starts is None else query.shape[2],
+    )
+    output = attention(query, key, value, *options)[0]
+    return output if query_starts is None else output.squeeze(0).transpose(0, 1)
+
+
 def attention_backward(
     grad_output: Tensor,
     query: Tensor,

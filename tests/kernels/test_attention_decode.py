@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from trilby.kernels import activated, reference, scaled_dot_product_attention
 from trilby.kernels.attention import reasons_for_pytorch
+from trilby.kernels.attention_arguments import AttentionArguments
 from trilby.kernels.attention_rules import FEW_DECODED, MOST_DECODED, MOST_DECODED_ROWS, fewest_decoded
 from trilby.kernels.options import AttentionOptions
 
@@ -255,8 +256,11 @@ def test_empty_sizes(sizes: tuple[int, ...]) -> None:
 def test_few_queries_of_many_keys_are_trilbys(T: int, dtype: torch.dtype) -> None:
     S = -(-fewest_decoded(dtype, T) // (T * 4 * 64))
     query, key, value = draw((1, 4, 4, T, S, 64, 64), dtype)
-    assert reasons_for_pytorch(query, key, value) == ()
-    assert any("fewer than" in reason for reason in reasons_for_pytorch(query, key[:, :, 1:], value[:, :, 1:]))
+    assert reasons_for_pytorch(AttentionArguments(query, key, value)) == ()
+    assert any(
+        "fewer than" in reason
+        for reason in reasons_for_pytorch(AttentionArguments(query, key[:, :, 1:], value[:, :, 1:]))
+    )
     truth = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     rival = F.scaled_dot_product_attention(query, key, value)
     assert_as_exact_as(scaled_dot_product_attention(query, key, value), rival, truth, "decode")
@@ -265,9 +269,11 @@ def test_few_queries_of_many_keys_are_trilbys(T: int, dtype: torch.dtype) -> Non
 @needs_extension
 def test_more_queries_and_rows_are_pytorchs() -> None:
     query, key = torch.empty(1, 4, MOST_DECODED + 1, 64), torch.empty(1, 4, 65536, 64)
-    assert any("queries" in reason for reason in reasons_for_pytorch(query, key, key))
+    assert any("queries" in reason for reason in reasons_for_pytorch(AttentionArguments(query, key, key)))
     query, key = torch.empty(1, 2 * MOST_DECODED_ROWS, 1, 64), torch.empty(1, 1, 65536, 64)
-    assert any("queries" in reason for reason in reasons_for_pytorch(query, key, key, enable_gqa=True))
+    assert any(
+        "queries" in reason for reason in reasons_for_pytorch(AttentionArguments(query, key, key, enable_gqa=True))
+    )
 
 
 # Whoever asks.

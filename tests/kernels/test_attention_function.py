@@ -10,6 +10,7 @@ from tolerance import assert_as_exact_as
 from torch import Tensor, nn
 from trilby.kernels import reference, scaled_dot_product_attention
 from trilby.kernels.attention import reasons_for_pytorch
+from trilby.kernels.attention_arguments import AttentionArguments
 from trilby.kernels.attention_rules import FEWEST_MASKED_MULTIPLICATIONS
 
 CASE = Case(2, 4, 4, 100, 100, 32, 32)
@@ -18,7 +19,7 @@ CASE = Case(2, 4, 4, 100, 100, 32, 32)
 @needs_extension
 def test_trilby_computes_what_it_covers() -> None:
     inputs = CASE.inputs(torch.float32)
-    assert not list(reasons_for_pytorch(*inputs))
+    assert not list(reasons_for_pytorch(AttentionArguments(*inputs)))
     assert torch.equal(scaled_dot_product_attention(*inputs, is_causal=True), trilby(*inputs, CASE))
 
 
@@ -31,7 +32,7 @@ def test_trilby_computes_what_it_covers() -> None:
 )
 def test_the_rest_is_pytorchs(reason: str, arguments: dict[str, Tensor]) -> None:
     inputs = CASE.inputs(torch.float32)
-    assert any(given.startswith(reason) for given in reasons_for_pytorch(*inputs, **arguments))
+    assert any(given.startswith(reason) for given in reasons_for_pytorch(AttentionArguments(*inputs, **arguments)))
     ours = scaled_dot_product_attention(*inputs, **arguments)
     assert torch.equal(ours, F.scaled_dot_product_attention(*inputs, **arguments))
 
@@ -43,7 +44,7 @@ def test_the_rest_is_pytorchs(reason: str, arguments: dict[str, Tensor]) -> None
 def test_masks_of_half_precision_are_trilbys(shape: tuple[int, ...], additive: bool, dtype: torch.dtype) -> None:
     inputs = CASE.inputs(dtype)
     mask = torch.randn(shape).to(dtype) if additive else torch.rand(shape) < 0.8
-    assert reasons_for_pytorch(*inputs, mask) == ()
+    assert reasons_for_pytorch(AttentionArguments(*inputs, mask)) == ()
     in_float64 = mask.double() if additive else mask
     truth = F.scaled_dot_product_attention(*(tensor.double() for tensor in inputs), in_float64)
     rival = F.scaled_dot_product_attention(*inputs, mask)
@@ -54,7 +55,7 @@ def test_masks_of_half_precision_are_trilbys(shape: tuple[int, ...], additive: b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_is_trilbys_and_repeats_with_torchs_seed(dtype: torch.dtype) -> None:
     inputs = CASE.inputs(dtype)
-    assert reasons_for_pytorch(*inputs, dropout_p=0.25) == ()
+    assert reasons_for_pytorch(AttentionArguments(*inputs, dropout_p=0.25)) == ()
 
     def drop(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -84,12 +85,12 @@ def test_masks_of_float32_are_trilbys_where_they_hide_blocks_of_enough_scores() 
     seen = torch.ones(64, length, dtype=torch.bool).tril(length - 64)
     hidden = torch.zeros(64, length).masked_fill(~seen, -torch.inf)
     for mask in (seen, hidden, hidden.T.contiguous().T, hidden.expand(1, 2, 64, length), hidden[:1]):
-        assert reasons_for_pytorch(query, key, value, mask) == ()
+        assert reasons_for_pytorch(AttentionArguments(query, key, value, mask)) == ()
     for mask in (seen, hidden):
-        (reason,) = reasons_for_pytorch(query, key[:, :, 1:], value[:, :, 1:], mask[:, 1:])
+        (reason,) = reasons_for_pytorch(AttentionArguments(query, key[:, :, 1:], value[:, :, 1:], mask[:, 1:]))
         assert reason.startswith("masked scores take")
     for mask in (torch.randn(64, length), hidden[-1], nn.Parameter(hidden, requires_grad=False)):
-        (reason,) = reasons_for_pytorch(query, key, value, mask)
+        (reason,) = reasons_for_pytorch(AttentionArguments(query, key, value, mask))
         assert reason == "attn_mask is added in float32, and no corner of it hides a pair"
 
 
@@ -104,7 +105,7 @@ def test_masks_of_float32_are_trilbys_where_they_hide_blocks_of_enough_scores() 
 def test_calls_that_pytorch_ends_sooner_are_pytorchs(sizes: tuple[int, ...], reason: str) -> None:
     B, H, T, S, D = sizes
     inputs = Case(B, H, H, T, S, D, D).inputs(torch.float32)
-    assert reason in reasons_for_pytorch(*inputs)
+    assert reason in reasons_for_pytorch(AttentionArguments(*inputs))
     assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
 
 
@@ -120,7 +121,7 @@ def test_calls_that_pytorch_ends_sooner_are_pytorchs(sizes: tuple[int, ...], rea
 )
 def test_other_ranks_and_broadcasts_are_pytorchs(shapes: tuple[tuple[int, ...], ...]) -> None:
     inputs = [torch.randn(shape) for shape in shapes]
-    assert list(reasons_for_pytorch(*inputs))
+    assert list(reasons_for_pytorch(AttentionArguments(*inputs)))
     assert torch.equal(scaled_dot_product_attention(*inputs), F.scaled_dot_product_attention(*inputs))
 
 

@@ -46,11 +46,12 @@ def any_size(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
     monkeypatch.setattr(norm, "NARROWEST_ROW", 2)  # of one, PyTorch rounds the gradient its own way
     monkeypatch.setattr(norm, "LINE_BYTES", 1)
-    for rule in (attention_rules, norm):
-        rule._remembered_reasons.cache_clear()
+    remembered = attention_rules._remembered_reasons, attention_rules.is_trilbys_inference, norm._remembered_reasons
+    for rule in remembered:
+        rule.cache_clear()
     yield
-    for rule in (attention_rules, norm):
-        rule._remembered_reasons.cache_clear()
+    for rule in remembered:
+        rule.cache_clear()
 
 
 def tensors_of(results: object) -> list[Tensor]:

@@ -23,7 +23,8 @@ from trilby.kernels import (
     reference,
     restore,
 )
-from trilby.kernels.attention_rules import FEW_KEYS, FEWEST_IN_PLACE, LARGEST_HEAD_DIM, AttentionCall
+from trilby.kernels.attention_arguments import AttentionArguments
+from trilby.kernels.attention_rules import FEW_KEYS, FEWEST_IN_PLACE, LARGEST_HEAD_DIM
 from trilby.kernels.ops import NATIVE
 
 pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
@@ -199,7 +200,7 @@ SIZES = sorted(
 def test_attention_is_trilbys_by_the_limits_that_are_named(dtype, size, D):
     T, S = size
     query, key = torch.zeros(1, 2, T, D, dtype=dtype), torch.zeros(1, 2, S, D, dtype=dtype)
-    call = AttentionCall.of(query, key, key)._replace(in_place=True)
+    call = AttentionArguments(query, key, key).call._replace(in_place=True)
     inferred, trained = (not attention_rules.reasons_for_pytorch(call._replace(trains=t)) for t in (False, True))
     assert inferred or not trained  # a compiled forward is computed as in inference
     query.requires_grad_()
