@@ -69,13 +69,16 @@ def scaled_dot_product_attention(
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     # The cheapest questions first: a tiny call takes as long as ten of them.
-    if attn_mask is None and dropout_p == 0.0 and is_eager(query, key, value) and not wants_gradient(query, key, value):
+    is_plain = attn_mask is None and dropout_p == 0.0 and not torch.is_autocast_enabled("cpu")
+    if is_plain and is_eager(query, key, value) and not wants_gradient(query, key, value):
         dtypes = query.dtype, key.dtype, value.dtype
         is_trilbys = is_trilbys_inference(query.shape, key.shape, value.shape, dtypes, enable_gqa)
-        if is_trilbys and not torch.is_autocast_enabled("cpu"):
+        if is_trilbys:
             window = UNBOUNDED, 0 if is_causal else UNBOUNDED
             output: Tensor = attention_output(query, key, value, None, None, None, scale, enable_gqa, False, *window)
             return output
+        if not LIBRARIES:
+            return _pytorch(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
     is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
     if is_small and not LIBRARIES:

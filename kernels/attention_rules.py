@@ -36,6 +36,20 @@ FEW_DECODED = 4
 # With dropout no call is too small: 1.5 (1.3) at B·H·T·D = 1·4·16·32 in float32 and 1.7 (1.5) in bfloat16, 5 (2.4) at
 # 2·4·64·32, 8 (3.7) at 2·6·256·64.
 FEWEST_MULTIPLICATIONS = 2_000_000
+# Training in float32, the autograd node being Python's, gains nothing of short sequences, however many there are:
+# measured likewise with the backward at T = 32 and D = 64 (256), B·H = 12 and 48: 0.91 (0.76), 0.95 (0.80); at T = 64:
+# 1.06 (0.97), 1.02 (1.07); at T = 128: 1.35 (1.29), 1.32 (1.58).
+FEWEST_TRAINED = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
+# Without gradients and mask the kernel is asked at once (kernels/attention_at_once.py), and few multiplications are no
+# reason. Measured likewise in float32 by `python -m trilby.bench.sweep`, at B·H = 1, 2, 12, 48, of as many keys: T = 32
+# and D = 16 (and 64, 256): 1.14 1.08 1.21 1.33 (1.01 1.04 1.09 1.06, 0.95 0.86 0.95 0.92); T = 64: 1.25 1.40 1.78 1.69
+# (1.31 1.36 1.29 1.41, 1.36 1.34 1.21 1.14); T = 16: 0.95 0.96 1.21 1.15 (0.88 0.83 0.83 0.77, 0.7); and what is
+# left to PyTorch in this way takes 0.75 at 10 µs. Of T = 4: 0.94 0.96 0.96 1.02 (0.96 0.99 1.23 1.35), T = 8: 0.91
+# 0.88 1.19 1.15 (1.04 1.01 1.13 1.32); of D = 256,
+# 0.76 to 1.03. One query to 16, 128, 1024 and 8192 keys: 0.82 to 1.10.
+FEWEST_AT_ONCE, FEWEST_AT_ONCE_OF_WIDE, WIDE = 32, 64, 128
+# One query of bfloat16 to 1024 keys is over sooner in PyTorch: 0.83.
+DECODED_AT_ONCE = (torch.float32, torch.float16)
 # In PyTorch's place, C++ throughout, no call without a mask is too small, and few queries to few keys are taken, too:
 # the fewest queries to so many keys, and to more. Where a gradient may be wanted one side computes both directions:
 # PyTorch's backward with trilby's logsumexp was seen to err 3 times as much as with its own, at scores of 10^5. So
@@ -218,6 +232,15 @@ def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
         if fewest > T:
             yield f"there are {T} queries, fewer than {fewest}, {occasion}"
         return
+    if call.mask is None and not call.trains and not call.in_place:
+        if T > MOST_DECODED:
+            fewest = FEWEST_AT_ONCE if D <= WIDE else FEWEST_AT_ONCE_OF_WIDE
+            if fewest > T:
+                yield f"there are {T} queries, fewer than {fewest}"
+            return
+        is_at_once = S <= FEW_KEYS or (T == 1 and call.dtypes[0] in DECODED_AT_ONCE)
+        if is_at_once and D <= WIDE and MOST_DECODED_ROWS * Hkv >= H * T:
+            return
     if T <= MOST_DECODED and not call.trains:
         rows, fewest = H * T // max(Hkv, 1), fewest_decoded(call.dtypes[0], T)
         if rows > MOST_DECODED_ROWS:
@@ -225,8 +248,9 @@ def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
         if multiplications < fewest:
             yield f"the scores take {multiplications} multiplications, fewer than {fewest}"
         return
-    if T < FEWEST_QUERIES:
-        yield f"there are {T} queries, fewer than {FEWEST_QUERIES}"
+    fewest = FEWEST_TRAINED.get(call.dtypes[0], FEWEST_QUERIES) if call.trains and not call.in_place else FEWEST_QUERIES
+    if fewest > T:
+        yield f"there are {T} queries, fewer than {fewest}"
     if multiplications < FEWEST_MULTIPLICATIONS:
         yield f"the scores take {multiplications} multiplications, fewer than {FEWEST_MULTIPLICATIONS}"
     if call.mask is not None and call.dtypes[0] == torch.float32:

@@ -1,0 +1,150 @@
+"""`python -m trilby.bench.sweep`: every corner of attention against PyTorch, to find where trilby is the slower.
+
+Cells are cheap, a few dozen milliseconds each, and so a little noisy: one that looks lost is timed again, for longer,
+before it is printed. `--kernel` times trilby's kernel even where the rule (kernels/attention_rules.py) leaves the call
+to PyTorch: what the rule's limits should be.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trilby.kernels import attend, explain, scaled_dot_product_attention
+
+from .cases import DIRECTIONS, Direction
+from .measure import Budget, HostTimer, interleaved, paired_ratios, quantile
+
+LOST = 0.95  # PyTorch's time over ours, below which a cell is lost
+MOST_MULTIPLICATIONS = 2**30  # of the scores of a cell: a tenth of a second in PyTorch
+BUDGETS = (Budget(seconds=0.01, most_rounds=9, sample_seconds=3e-4), Budget(0.1, 11, 41, 1e-3))
+KINDS = ("causal", "full", "padding", "documents", "added", "grouped", "views", "dropout")
+HEADS = ((1, 1), (1, 2), (1, 12), (4, 12))
+LENGTHS = (4, 8, 16, 32, 64, 128, 256)
+OTHER_LENGTHS = ((1, 16), (1, 128), (1, 1024), (1, 8192), (2, 256), (4, 1024), (8, 256), (16, 256), (64, 33))
+WIDTHS = (16, 64, 256)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Attention of T queries to S keys, for B batches of H heads of D numbers."""
+
+    kind: str
+    B: int
+    H: int
+    T: int
+    S: int
+    D: int
+    dtype: str
+    direction: Direction
+
+    def __str__(self) -> str:
+        return f"{self.kind:9} {self.B}x{self.H}x{self.T}x{self.S}x{self.D} {self.dtype} {self.direction}"
+
+    def sides(self, by_kernel: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+        """PyTorch's call and ours."""
+        inputs, options = self._inputs()
+        ours: Callable[..., Any] = partial(scaled_dot_product_attention, **options)
+        if by_kernel:
+            ours = partial(attend, lower_right=False, **{k: v for k, v in options.items() if k != "enable_gqa"})
+        calls = partial(F.scaled_dot_product_attention, **options), ours
+        if self.direction == "forward":
+            pytorchs, own = (partial(_forward, call, inputs) for call in calls)
+        else:
+            grad_output = torch.randn(self.B, self.T, self.H, self.D, dtype=inputs[0].dtype).transpose(1, 2)
+            pytorchs, own = (partial(_forward_and_backward, call, inputs, grad_output) for call in calls)
+        return pytorchs, own
+
+    def _inputs(self) -> tuple[list[Tensor], dict[str, Any]]:
+        B, H, T, S, D, dtype = self.B, self.H, self.T, self.S, self.D, getattr(torch, self.dtype)
+        heads = H // 4 if self.kind == "grouped" else H
+        if self.kind == "views":
+            query, key, value = torch.randn(B, T, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
+        else:
+            query = torch.randn(B, H, T, D, dtype=dtype)
+            key, value = torch.randn(2, B, heads, S, D, dtype=dtype).unbind()
+        documents = torch.arange(T)[:, None] * 4 // T == torch.arange(S) * 4 // S
+        options: dict[str, dict[str, Any]] = {
+            "causal": {"is_causal": True},
+            "views": {"is_causal": True},
+            "full": {},
+            "padding": {"attn_mask": (torch.arange(S) < S - S // 4).expand(B, 1, 1, S)},
+            "documents": {"attn_mask": documents & torch.ones(T, S, dtype=torch.bool).tril(S - T)},
+            "added": {"attn_mask": torch.randn(T, S)},
+            "grouped": {"is_causal": True, "enable_gqa": True},
+            "dropout": {"is_causal": True, "dropout_p": 0.1},
+        }
+        return [tensor.requires_grad_(self.direction != "forward") for tensor in (query, key, value)], options[
+            self.kind
+        ]
+
+
+def _forward(call: Callable[..., Any], inputs: Sequence[Tensor]) -> object:
+    return call(*inputs)
+
+
+def _forward_and_backward(call: Callable[..., Any], inputs: Sequence[Tensor], grad_output: Tensor) -> object:
+    return torch.autograd.grad(call(*inputs), inputs, grad_output)
+
+
+def cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[Cell]:
+    """All cells of these kinds and dtypes: of `causal` and `full` every size, of the others the sizes of models."""
+    lengths = [(T, T) for T in LENGTHS] + list(OTHER_LENGTHS)
+    for kind, dtype in product(kinds, dtypes):
+        is_common = kind in ("causal", "full")
+        for (B, H), (T, S), D in product(HEADS, lengths, WIDTHS):
+            if not is_common and (H < 12 or D != 64 or (kind == "views" and T != S)):
+                continue
+            if (is_common and (kind == "full") == (T == S)) or B * H * T * S * D > MOST_MULTIPLICATIONS:
+                continue  # other lengths are seen in full, a causal mask where they agree
+            for direction in DIRECTIONS:
+                yield Cell(kind, B, H, T, S, D, dtype, direction)
+
+
+def ratio(cell: Cell, by_kernel: bool, timer: HostTimer) -> float:
+    """PyTorch's time over ours: of a quick look, or if that is a loss, of a longer one."""
+    pytorch, ours = cell.sides(by_kernel)
+    found = 0.0
+    for budget in BUDGETS:
+        seconds = interleaved({"PyTorch": pytorch, "trilby": ours}, budget, timer)
+        found = quantile(paired_ratios(seconds["PyTorch"], seconds["trilby"]), 0.5)
+        if found >= LOST:
+            break
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Time all cells and print those that are lost; 1 if there are any."""
+    parser = argparse.ArgumentParser(prog="python -m trilby.bench.sweep", description=__doc__)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="all by default")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all by default")
+    parser.add_argument("--kernel", action="store_true", help="trilby's kernel where the rule takes PyTorch's, too")
+    parser.add_argument("--all", action="store_true", help="print every cell")
+    parser.add_argument("--one-thread", action="store_true", help="on one thread, by its own time: for busy machines")
+    options = parser.parse_args(arguments)
+    if options.one_thread:
+        torch.set_num_threads(1)
+    timer = HostTimer(time.thread_time if options.one_thread else time.perf_counter)
+    torch.manual_seed(0)
+    lost = total = 0
+    for cell in cells(options.kind or KINDS, options.dtype or DTYPES):
+        found = ratio(cell, options.kernel, timer)
+        total += 1
+        lost += found < LOST
+        if options.all or found < LOST:
+            whose = "trilby" if explain(cell.sides(options.kernel)[1])[0].is_trilbys else "PyTorch"
+            print(f"{found:6.2f}  {cell}, {whose}'s kernel", flush=True)
+    print(f"{lost} of {total} cells are lost")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
