@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from trilby.kernels import reference, scaled_dot_product_attention
+from trilby.kernels import attend, reference, scaled_dot_product_attention, varlen_attn
+from trilby.kernels.attention import reasons_for_pytorch
+from trilby.kernels.attention_arguments import AttentionArguments
 from trilby.kernels.ops import NATIVE
 from trilby.kernels.shortcut import is_ordinary, short_way
 
@@ -107,3 +109,75 @@ def test_inference_mode_computes_the_same() -> None:
     with torch.inference_mode():
         assert torch.equal(attention(*arguments), attention(*(tensor.clone() for tensor in arguments)))
     assert torch.equal(attention(*arguments), attention(*arguments))
+
+
+STARTS = torch.tensor([0, 0, 7, 12], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_at_once_gives_the_bits_of_attention(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, H, 12, 16).to(dtype) for H in (4, 2, 2))
+    seen = torch.rand(12, 12) < 0.8
+    for mask, is_causal in ((None, True), (None, False), (seen, False), (torch.randn(2, 1, 1, 12).to(dtype), False)):
+        at_once = attend(query, key, value, mask, is_causal=is_causal)
+        checked, _ = attend(query, key, value, mask, is_causal=is_causal, return_logsumexp=True)
+        assert torch.equal(at_once, checked)
+        assert at_once.stride() == checked.stride()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_packed_rows_at_once_give_the_bits_of_attention(requires_grad: bool) -> None:
+    rows = [torch.randn(12, 2, 16, requires_grad=requires_grad) for _ in range(3)]
+    arguments = (*rows, STARTS, STARTS, 7, 7)
+    at_once = varlen_attn(*arguments, window_size=(-1, 0))
+    checked = varlen_attn(*arguments, window_size=(-1, 0), seqused_k=STARTS.diff())
+    assert torch.equal(at_once, checked)
+    assert at_once.requires_grad == requires_grad
+    if requires_grad:
+        for a, b in zip(*(torch.autograd.grad(output.square().sum(), rows) for output in (at_once, checked))):
+            assert torch.equal(a, b)
+
+
+def test_packed_rows_at_once_are_differentiated_twice() -> None:
+    rows = [torch.randn(12, 1, 3, dtype=torch.float32, requires_grad=True) for _ in range(3)]
+    output = varlen_attn(*rows, STARTS, STARTS, 7, 7)
+    (first,) = torch.autograd.grad(output.square().sum(), rows[0], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), rows[1])
+    assert second.isfinite().all()
+    assert second.abs().max() > 0
+
+
+def test_what_the_kernel_refuses_is_refused_by_name() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(TypeError, match="value is torch"):
+        attend(query, query, query.bfloat16())
+    with pytest.raises(ValueError, match="lower_right was not given"):
+        attend(query, query[:, :, :3], query[:, :, :3], is_causal=True)
+    with pytest.raises(ValueError, match="attn_mask has shape"):
+        attend(query, query, query, torch.ones(5, 4, dtype=torch.bool))
+    rows, starts = query[0].transpose(0, 1), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        varlen_attn(rows, rows[:, :1], rows[:, :1], starts, starts, 4, 4)
+    with torch.no_grad(), pytest.raises(ValueError, match="is on"):
+        attend(query, query.to("meta"), query)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "trains", "is_trilbys"),
+    [
+        ((1, 2, 4, 4, 16), False, True),
+        ((1, 2, 8, 33, 16), False, False),
+        ((1, 1, 1, 128, 64), False, True),
+        ((1, 2, 31, 31, 64), False, False),
+        ((1, 2, 32, 32, 64), False, True),
+        ((1, 2, 63, 63, 256), False, False),
+        ((1, 2, 64, 64, 256), False, True),
+        ((4, 12, 63, 63, 256), True, False),
+        ((4, 12, 64, 64, 256), True, True),
+    ],
+    ids=str,
+)
+def test_limits_of_calls_at_once(sizes: tuple[int, ...], trains: bool, is_trilbys: bool) -> None:
+    B, H, T, S, D = sizes
+    query, key = torch.empty(B, H, T, D, requires_grad=trains), torch.empty(B, H, S, D)
+    assert (reasons_for_pytorch(AttentionArguments(query, key, key)) == ()) == is_trilbys
