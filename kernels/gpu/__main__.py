@@ -12,19 +12,19 @@ holds wherever the environment variable TRILBY_LAUNCH_TABLE names it.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from triton import CompilationError
 
 from .attention_launch import TABLES
-from .compile import Compilation, compile_call
+from .compile import Compilation
 from .ledger import Ledger, key_of
-from .matrix import Case, cases
 from .measured import VARIABLE, Measured, write
+from .pool import chosen_cases, outcome_of, pool_of
 from .targets import TARGETS, device_of
 from .tune import Measure, Question, answer, median_seconds, questions
 
@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default="build/compile-matrix.jsonl",
         help="where outcomes are kept, so that a repeated run compiles only what changed (%(default)s)",
     )
+    matrix.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (%(default)s)")
     tune = commands.add_parser("tune", help="measure launch parameters on this GPU")
     tune.add_argument("--output", type=Path, default="launch.json", help="the file that is written (%(default)s)")
     tables = (*TABLES, "norm_forward", "norm_backward")
@@ -49,38 +50,32 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def compile_matrix(targets: Sequence[str], only: str, ledger: Ledger) -> int:
-    """Compile what `ledger` does not know, print all, and return how many cases are not as they must be."""
-    failed = compiled = total = 0
-    summary = []
-    for name in targets or TARGETS:
-        total_before, failed_before = total, failed
-        for case in cases(TARGETS[name]):
-            if only not in case.name:
-                continue
-            total += 1
-            key = key_of(case.call, case.target)
+def compile_matrix(targets: Sequence[str], only: str, ledger: Ledger, jobs: int = 1) -> int:
+    """Compile what `ledger` does not know, print all, and return how many cases are not as they must be.
+
+    Where the compiler fails, its words are not kept, so that the next run tries again.
+    """
+    chosen = chosen_cases(targets, only)
+    keys = [key_of(case.call, case.target) for case in chosen]
+    unknown = {key: number for number, key in enumerate(keys) if ledger.find(key) is None}
+    totals, failures = Counter[str](), Counter[str]()
+    with pool_of(jobs, targets, only) as pool:
+        compiling = {key: pool.submit(outcome_of, number) for key, number in unknown.items()}
+        for case, key in zip(chosen, keys):
             outcome: Compilation | str | None = ledger.find(key)
             if outcome is None:
-                compiled += 1
-                outcome = _compile(case)
+                outcome = compiling[key].result()
                 if isinstance(outcome, Compilation):
-                    ledger.add(key, f"{name} {case.name}", outcome)
+                    ledger.add(key, f"{case.target.name} {case.name}", outcome)
             faults = [outcome] if isinstance(outcome, str) else case.faults(outcome)
-            failed += bool(faults)
-            print(f"{name:8} {case.name:56} {outcome if outcome not in faults else ''} {'; '.join(faults)}", flush=True)
-        summary.append(f"{name}: {total - total_before} cases, {failed - failed_before} failed")
-    print("\n".join(summary))
-    print(f"{total} cases, {compiled} compiled now, {failed} failed")
-    return failed
-
-
-def _compile(case: Case) -> Compilation | str:
-    """What became of it, or the compiler's last words; those are not kept, so that the next run tries again."""
-    try:
-        return compile_call(case.call, case.target)
-    except (CompilationError, RuntimeError, subprocess.CalledProcessError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+            totals[case.target.name] += 1
+            failures[case.target.name] += bool(faults)
+            said = "" if outcome in faults else outcome
+            print(f"{case.target.name:8} {case.name:56} {said} {'; '.join(faults)}", flush=True)
+    for name, total in totals.items():
+        print(f"{name}: {total} cases, {failures[name]} failed")
+    print(f"{totals.total()} cases, {len(unknown)} compiled now, {failures.total()} failed")
+    return failures.total()
 
 
 def tune(asked: Sequence[Question], measure: Measure, device_name: str, output: Path) -> list[Measured]:
@@ -107,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         asked = list(questions(device, options.only))
         tune(asked, median_seconds, torch.cuda.get_device_name(), options.output)
         return 0
-    return min(compile_matrix(options.targets, options.only, Ledger(options.ledger)), 1)
+    return min(compile_matrix(options.targets, options.only, Ledger(options.ledger), options.jobs), 1)
 
 
 if __name__ == "__main__":
