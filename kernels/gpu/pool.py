@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 from triton import CompilationError
@@ -20,8 +20,10 @@ def chosen_cases(targets: Sequence[str], only: str) -> list[Case]:
     return [case for name in targets or TARGETS for case in cases(TARGETS[name]) if only in case.name]
 
 
-def pool_of(jobs: int, targets: Sequence[str], only: str) -> ProcessPoolExecutor:
+def pool_of(jobs: int, targets: Sequence[str], only: str) -> Executor:
     """Of `jobs` processes, for `outcome_of`. Each lists the cases itself: a launch cannot be sent, its number can."""
+    if jobs == 1:
+        return ThreadPoolExecutor(1, initializer=_list, initargs=(targets, only))
     return ProcessPoolExecutor(jobs, get_context("spawn"), _list, (targets, only))
 
 

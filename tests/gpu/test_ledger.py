@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from trilby.kernels.gpu import __main__ as command
+from trilby.kernels.gpu import pool
 from trilby.kernels.gpu.compile import Compilation, scalar_dots
 from trilby.kernels.gpu.ledger import Ledger, key_of
 from trilby.kernels.gpu.matrix import Case, norm_cases
@@ -33,13 +34,13 @@ def compiled(monkeypatch):
         names.append(call.kernel.__name__)
         return OUTCOME
 
-    monkeypatch.setattr(command, "compile_call", compile_call)
-    monkeypatch.setattr(command, "cases", lambda target: [dataclasses.replace(CASE, target=target)])
+    monkeypatch.setattr(pool, "compile_call", compile_call)
+    monkeypatch.setattr(pool, "cases", lambda target: [dataclasses.replace(CASE, target=target)])
     return names
 
 
 def test_a_repeated_run_compiles_nothing_and_says_the_same(tmp_path, compiled, capsys):
-    arguments = ["matrix", "sm_90", "--ledger", str(tmp_path / "deep" / "ledger.jsonl")]
+    arguments = ["matrix", "--jobs", "1", "sm_90", "--ledger", str(tmp_path / "deep" / "ledger.jsonl")]
     assert command.main(arguments) == 0
     first = capsys.readouterr().out.splitlines()
     assert command.main(arguments) == 0
@@ -51,21 +52,21 @@ def test_a_repeated_run_compiles_nothing_and_says_the_same(tmp_path, compiled, c
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, compiled):
     path = tmp_path / "ledger.jsonl"
-    command.main(["matrix", "sm_80", "--ledger", str(path)])
+    command.main(["matrix", "--jobs", "1", "sm_80", "--ledger", str(path)])
     path.write_text(path.read_text() + '\n{"key": "torn off in the mid')
     for _ in range(2):
-        command.main(["matrix", "sm_80", "sm_90", "--ledger", str(path)])
+        command.main(["matrix", "--jobs", "1", "sm_80", "sm_90", "--ledger", str(path)])
         assert len(compiled) == 2
 
 
 def test_faults_are_judged_anew_by_the_limits_of_today(tmp_path, compiled, capsys, monkeypatch):
     path = tmp_path / "ledger.jsonl"
-    monkeypatch.setattr(command, "compile_call", lambda call, target: dataclasses.replace(OUTCOME, spills=3))
-    assert command.main(["matrix", "sm_90", "--ledger", str(path)]) == 1
+    monkeypatch.setattr(pool, "compile_call", lambda call, target: dataclasses.replace(OUTCOME, spills=3))
+    assert command.main(["matrix", "--jobs", "1", "sm_90", "--ledger", str(path)]) == 1
     assert "3 spills" in capsys.readouterr().out
-    assert command.main(["matrix", "sm_90", "--ledger", str(path)]) == 1
-    monkeypatch.setattr(command, "cases", lambda target: [dataclasses.replace(CASE, may_spill=True)])
-    assert command.main(["matrix", "sm_90", "--ledger", str(path)]) == 0
+    assert command.main(["matrix", "--jobs", "1", "sm_90", "--ledger", str(path)]) == 1
+    monkeypatch.setattr(pool, "cases", lambda target: [dataclasses.replace(CASE, may_spill=True)])
+    assert command.main(["matrix", "--jobs", "1", "sm_90", "--ledger", str(path)]) == 0
 
 
 def test_a_refusal_of_the_compiler_is_reported_and_tried_again(tmp_path, compiled, capsys, monkeypatch):
@@ -75,10 +76,22 @@ def test_a_refusal_of_the_compiler_is_reported_and_tried_again(tmp_path, compile
         raise RuntimeError("first\nno such instruction")
 
     with monkeypatch.context() as context:
-        context.setattr(command, "compile_call", refuse)
-        assert command.main(["matrix", "sm_90", "--ledger", str(path)]) == 1
+        context.setattr(pool, "compile_call", refuse)
+        assert command.main(["matrix", "--jobs", "1", "sm_90", "--ledger", str(path)]) == 1
     assert "RuntimeError: no such instruction" in capsys.readouterr().out
-    assert command.main(["matrix", "sm_90", "--ledger", str(path)]) == 0
+    assert command.main(["matrix", "--jobs", "1", "sm_90", "--ledger", str(path)]) == 0
+
+
+@pytest.mark.slow
+def test_several_processes_compile_what_one_does(tmp_path, capsys):
+    said = []
+    for jobs in ("1", "2"):
+        ledger = tmp_path / f"{jobs}.jsonl"
+        arguments = ["matrix", "sm_90", "--only", "column sum", "--jobs", jobs, "--ledger", str(ledger)]
+        assert command.main(arguments) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert " 0 compiled now" not in said[0]
 
 
 def test_a_key_is_of_everything_that_changes_the_code():
