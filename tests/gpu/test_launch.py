@@ -45,6 +45,13 @@ def test_every_call_has_its_launch_parameters(target, head_dim):
             assert attention_launch.attention_decode_tiles(target, precision, dtype, head_dim, q_len, 1, 100)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_row_hides_behind_another(target):
+    for table in TABLES:
+        rows = [row for row in table if target in row.targets]
+        assert len({(row.arithmetic, row.head_dim, row.q_len, row.scores) for row in rows}) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("q_len", "group", "rows"),
     [(1, 1, 16), (16, 1, 16), (17, 1, None), (4, 4, 16), (4, 8, 64), (16, 4, 64), (9, 8, None)],
