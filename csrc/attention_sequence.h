@@ -14,7 +14,7 @@ constexpr int64_t FAR = int64_t{1} << 40;
 // One sequence. Queries and keys are numbered within it; its key j may be any row of any page.
 struct Sequence {
   int64_t number, batch;         // n; the index into the batch of query
-  int64_t first_query, queries;  // rows of query
+  int64_t first_query, queries;  // rows of query; none, where another kernel computes them
   int64_t first_key, key_rows;   // rows of key, where it is not paged
   int64_t keys;                  // of those rows, how many exist
   int64_t offset;                // key i + offset is the one at query i's own position
@@ -24,13 +24,15 @@ struct Sequence {
       : number(n),
         batch(sequences.query_starts ? 0 : n),
         first_query(sequences.query_starts ? sequences.query_starts[n] : 0),
-        queries(sequences.query_starts ? sequences.query_starts[n + 1] - first_query : shape.query_length),
+        queries(sequences.queries_of(n, shape.query_length)),
         first_key(sequences.key_starts ? sequences.key_starts[n] : 0),
         key_rows(sequences.key_starts ? sequences.key_starts[n + 1] - first_key : shape.key_length),
         keys(sequences.key_lengths ? greater(0, smaller(sequences.key_lengths[n], key_rows)) : key_rows),
         offset(rule.lower_right ? keys - queries : 0),
         before(rule.window_left < 0 ? FAR : rule.window_left - offset),
-        after(rule.window_right < 0 ? FAR : rule.window_right + offset) {}
+        after(rule.window_right < 0 ? FAR : rule.window_right + offset) {
+    if (queries < sequences.fewest_queries || queries > sequences.most_queries) queries = 0;
+  }
 
   // The keys [first_seen, end_seen) that any of the queries [first, end) sees, if there are any.
   int64_t first_seen(int64_t first) const { return greater(0, first - before); }

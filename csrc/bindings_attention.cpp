@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                             view_of(value),
                                             view_of(output),
                                             logsumexp.mutable_data_ptr<float>()};
-  trilby::forward_kernel(trilby::kernels(), problem)(problem, torch_threads());
+  trilby::attend(trilby::kernels(), problem, torch_threads());
   return {output, logsumexp};
 }
 
@@ -247,7 +247,7 @@ Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& va
   const auto view = packed ? packed_view : view_of;
   const trilby::AttentionForward problem = {shape,     sequences,   rule,         view(query),
                                             view(key), view(value), view(output), logsumexp.data()};
-  trilby::forward_kernel(trilby::kernels(), problem)(problem, torch_threads());
+  trilby::attend(trilby::kernels(), problem, torch_threads());
   return output;
 }
 

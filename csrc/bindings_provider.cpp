@@ -225,9 +225,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                             view_of(value),
                                             view_of(output),
                                             by_head.mutable_data_ptr<float>()};
-  const auto kernel = decodes(T, shape.key_length, mask, trains) ? trilby::forward_kernel(trilby::kernels(), problem)
-                                                                 : trilby::kernels().attention_forward;
-  kernel(problem, trilby::torch_threads());
+  if (decodes(T, shape.key_length, mask, trains)) {
+    trilby::attend(trilby::kernels(), problem, trilby::torch_threads());
+  } else {
+    trilby::kernels().attention_forward(problem, trilby::torch_threads());
+  }
   to_pytorchs(by_head.const_data_ptr<float>(), B, H, T, logsumexp.mutable_data_ptr<float>());
   return {output, logsumexp};
 }

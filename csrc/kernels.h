@@ -39,6 +39,12 @@ struct AttentionSequences {
   // key_length is then the most keys that a sequence can have, pages · page_size. Null: not paged.
   const int32_t* block_table = nullptr;
   int64_t pages = 0, page_size = 0;
+  // Only sequences of so many queries are computed: the others are another kernel's.
+  int64_t fewest_queries = 0, most_queries = INT64_MAX;
+
+  int64_t queries_of(int64_t n, int64_t query_length) const {
+    return query_starts ? query_starts[n + 1] - query_starts[n] : query_length;
+  }
 };
 
 enum class Mask : int32_t { none, boolean, float32, bfloat16, float16 };  // boolean: bytes; others are added

@@ -51,6 +51,9 @@ def scaled_dot_product_attention(
         1 1 0 0 0
         1 1 1 0 0
 
+    What else is in the batch can change the last bits of one of its rows: small calls are PyTorch's, and a row more can
+    make the call trilby's. `attend` hands none over for its size.
+
     Args:
         query: [B, H, T, D], float32, bfloat16 or float16 for trilby's kernels, with any strides.
         key: [B, Hkv, S, D].
@@ -116,6 +119,9 @@ def attend(
         upper left   lower right
         1 0 0 0      1 1 1 0
         1 1 0 0      1 1 1 1
+
+    By the C++ kernels what else is in the batch changes no bit of a row's output, logsumexp and gradients, nor does the number of
+    threads. With dropout that holds while the row keeps its index.
 
     Args:
         query: [B, H, T, D]; float32, bfloat16 or float16 for trilby's kernels.

@@ -48,6 +48,10 @@ def varlen_attn(
         . . 1 1 .
         . . 1 1 1
 
+    By the C++ kernels what else is in the batch changes no bit of a sequence's output, logsumexp and gradients, nor does
+    the number of threads. With dropout that holds while the sequence keeps its place: what is dropped goes by the row
+    of query, counted from the batch's first.
+
     Args:
         query: [all queries, H, D]; float32, bfloat16 or float16 for trilby's kernels.
         key: [all keys, Hkv, D], or with a block_table [all blocks, block size, Hkv, D].
@@ -63,9 +67,7 @@ def varlen_attn(
         seqused_k: [N] int32: how many keys of each sequence exist; all by default.
         block_table: [N, blocks] int32: the blocks in which each sequence's keys lie. It needs seqused_k, and has no
             gradients.
-        num_splits: Accepted for PyTorch's sake: trilby's splits depend on a sequence's own length alone. What else is
-            in the batch can change the last bits all the same: sequences of few queries have a kernel of their own only
-            where no sequence of the batch has many.
+        num_splits: Accepted for PyTorch's sake: trilby's splits depend on a sequence's own length alone.
         softcap: Scores become softcap · tanh(score / softcap); 0: they do not.
         alibi_slopes: [H] or [N, H] float32, as `attend` has them.
         dropout_p: The probability that a weight is dropped, as `attend` has it.

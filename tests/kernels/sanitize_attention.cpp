@@ -126,7 +126,7 @@ void attend_once() {
   float* statistics = static_cast<float*>(logsumexp.view.data);
   const AttentionForward problem = {shape, sequences, rule, query.view, key.view, value.view, output.view, statistics};
   TRILBY_LEVEL::attention_forward(problem, threads);
-  if (decodes(problem)) TRILBY_LEVEL::attention_decode(problem, threads);
+  attend({"", TRILBY_LEVEL::attention_forward, TRILBY_LEVEL::attention_decode}, problem, threads);
   if (paged) return;
   const Tensor grad_query(B, H, T, D, dtype), grad_key(B, key_heads, S, D, dtype),
       grad_value(B, key_heads, S, Dv, dtype);
