@@ -81,6 +81,8 @@ def scaled_dot_product_attention(
             output: Tensor = attention_output(query, key, value, None, None, None, scale, enable_gqa, False, *window)
             return output
         if not LIBRARIES:
+            if scale is None and not enable_gqa:  # keywords cost 2 of a tiny call's 6 µs
+                return _pytorch(query, key, value, None, 0.0, is_causal)
             return _pytorch(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
     is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
