@@ -110,9 +110,11 @@ class Finding:
 
 
 def examine(subjects: Sequence[Subject], target: Target) -> Iterator[Finding]:
-    """Compile subjects for a target, and read what became of them; what two subjects launch alike is compiled once."""
+    """Compile the subjects that are for a target, and read what became of them; what two launch alike, once."""
     compiled: dict[Callable[..., object], list[Launch] | str] = {}
     for subject in subjects:
+        if subject.targets and target.name not in subject.targets:
+            continue
         if subject.run not in compiled:
             compiled[subject.run] = _launches(subject, target)
         launches = compiled[subject.run]

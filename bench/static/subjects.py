@@ -18,9 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from trilby.kernels import gpu
+from trilby.kernels.gpu.attention_launch import AttentionTiles, attention_forward_by_descriptor_tiles
+from trilby.kernels.gpu.targets import TARGETS
 from trilby.kernels.options import AttentionOptions
 
 OURS = "trilby"
+OURS_BY_DESCRIPTOR = "trilby by descriptor"  # the forward's other launch choice, off by default
 TUTORIAL = "Triton's tutorial"
 FLASH_ATTENTION = "flash-attn"
 LIGER = "Liger"
@@ -58,6 +61,7 @@ class Subject:
         head_dim: Of attention.
         width: Of norms.
         programs: Of norms: how many programs walk over so many rows on so many multiprocessors; none: one for each row.
+        targets: Names of those that it is for; none: all.
     """
 
     project: str
@@ -67,6 +71,7 @@ class Subject:
     head_dim: int = 0
     width: int = 0
     programs: Callable[[int, int], int] | None = None
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,17 @@ class Places:
 def attention_subjects(head_dim: int, places: Places) -> list[Subject]:
     """Causal attention, forward and backward, in half precision."""
     forward, backward = f"attention forward D {head_dim}", f"attention backward D {head_dim}"
-    ours = partial(_our_attention, head_dim)
+    ours, our_kernels = partial(_our_attention, head_dim), ("attention_forward_kernel",)
     ours_backward = ("attention_backward_key_value_kernel", "attention_backward_query_kernel")
     found = [
-        Subject(OURS, forward, ours, ("attention_forward_kernel",), head_dim),
+        Subject(OURS, forward, ours, our_kernels, head_dim),
         Subject(OURS, backward, ours, ours_backward, head_dim),
     ]
+    for target in TARGETS.values():
+        tiles = attention_forward_by_descriptor_tiles(target, torch.bfloat16, head_dim)
+        if tiles is not None:
+            run = partial(_our_forward, head_dim, tiles)
+            found.append(Subject(OURS_BY_DESCRIPTOR, forward, run, our_kernels, head_dim, targets=(target.name,)))
     for project, place, function, kernels in (
         (TUTORIAL, places.tutorial, _tutorial, ("_attn_fwd", "_attn_bwd")),
         (FLASH_ATTENTION, places.flash_attention, _flash_attention, ("_fwd_kernel", "_bwd_kernel")),
@@ -132,10 +142,20 @@ def _is_installed(package: str) -> bool:
 
 
 def _our_attention(head_dim: int) -> None:
-    query, key, value = (_meta(B, T, H, head_dim).detach().transpose(1, 2) for _ in range(3))  # [B, H, T, D]
-    options = AttentionOptions.plain(True, 1 / math.sqrt(head_dim))
+    query, key, value, options = _our_inputs(head_dim)
     output, logsumexp = gpu.attention(query, key, value, *options)
     gpu.attention_backward(torch.empty_like(output), query, key, value, output, logsumexp, *options)
+
+
+def _our_forward(head_dim: int, tiles: AttentionTiles) -> None:
+    query, key, value, options = _our_inputs(head_dim)
+    gpu.attention(query, key, value, *options, tiles=tiles)
+
+
+def _our_inputs(head_dim: int) -> tuple[Tensor, Tensor, Tensor, AttentionOptions]:
+    """Query, key and value [B, H, T, D] in memory (B, T, H, D), and what is asked for."""
+    query, key, value = (_meta(B, T, H, head_dim).detach().transpose(1, 2) for _ in range(3))
+    return query, key, value, AttentionOptions.plain(True, 1 / math.sqrt(head_dim))
 
 
 def _our_norm(width: int, centered: bool, adds: bool, rows: int) -> None:

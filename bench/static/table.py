@@ -12,7 +12,7 @@ from rich.table import Table
 from .bound import PIPES, TENSOR
 from .compiling import PROCESSORS
 from .findings import Finding, KernelFinding, LoopFinding
-from .subjects import OURS, ROWS
+from .subjects import OURS, OURS_BY_DESCRIPTOR, ROWS
 
 MEASURES: dict[str, Callable[[Finding], float | None]] = {
     "instructions a score beside the tensor cores'": lambda one: one.beside_tensor,
@@ -69,12 +69,12 @@ def norm_table(findings: Sequence[Finding]) -> Table:
 
 
 def verdicts(findings: Sequence[Finding]) -> list[str]:
-    """Where ours is better than all others of its operation and target, and where not."""
+    """Where ours, as it is by default, is better than all others of its operation and target, and where not."""
     lines = []
     for group in dict.fromkeys(map(_group, findings)):
         alike = [finding for finding in findings if _group(finding) == group]
         ours = next((finding for finding in alike if finding.subject.project == OURS), None)
-        others = [finding for finding in alike if finding.subject.project != OURS]
+        others = [finding for finding in alike if not _is_ours(finding)]
         for what, measure in MEASURES.items():
             known = {one.subject.project: measure(one) for one in others}
             theirs = {project: value for project, value in known.items() if value is not None}
@@ -162,8 +162,12 @@ def _grouped(findings: Sequence[Finding]) -> Iterator[tuple[Finding, bool, bool]
         before = group
 
 
+def _is_ours(finding: Finding) -> bool:
+    return finding.subject.project in (OURS, OURS_BY_DESCRIPTOR)
+
+
 def _style(finding: Finding) -> str:
-    return "" if finding.subject.project == OURS else "dim"
+    return "" if _is_ours(finding) else "dim"
 
 
 def _name(finding: Finding, kernel: KernelFinding | None = None) -> str:

@@ -372,6 +372,14 @@ def attention_forward_tiles(
     return _first(FORWARD, target, _arithmetic(dtype, precision), head_dim, q_len, is_plain)
 
 
+def attention_forward_by_descriptor_tiles(
+    target: Target, dtype: torch.dtype, head_dim: int, precision: str = "ieee"
+) -> AttentionTiles | None:
+    """The forward's other launch parameters, which load by tensor descriptors; None: there are none."""
+    row = _first_row(FORWARD_BY_DESCRIPTOR, target, _arithmetic(dtype, precision), head_dim, 0, True)
+    return None if row is None else row.tiles
+
+
 def attention_decode_tiles(
     target: Target, precision: str, dtype: torch.dtype, head_dim: int, q_len: int, group: int, kv_len: int
 ) -> DecodeTiles | None:
@@ -408,10 +416,19 @@ def _arithmetic(dtype: torch.dtype, precision: str) -> str:
 def _first(
     table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: int, q_len: int, is_plain: bool
 ) -> AttentionTiles:
+    row = _first_row(table, target, arithmetic, head_dim, q_len, is_plain)
+    if row is None:
+        raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")
+    numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
+    return row.tiles if numbers is None else replace(row.tiles, **dict[str, Any](numbers))
+
+
+def _first_row(
+    table: tuple[Row, ...], target: Target, arithmetic: str, head_dim: int, q_len: int, is_plain: bool
+) -> Row | None:
+    scores = ("any", "plain" if is_plain else "rich")
     for row in table:
-        serves = target.name in row.targets and arithmetic == row.arithmetic
-        serves = serves and row.scores in ("any", "plain" if is_plain else "rich")
+        serves = target.name in row.targets and arithmetic == row.arithmetic and row.scores in scores
         if serves and head_dim <= row.head_dim and q_len <= row.q_len:
-            numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
-            return row.tiles if numbers is None else replace(row.tiles, **dict[str, Any](numbers))
-    raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")
+            return row
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,13 +43,22 @@ class Call:
 
 
 def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> None:
-    """Launch what makes tensor descriptors: Triton asks for memory to write them to, 128 bytes each."""
+    """Launch what makes tensor descriptors: Triton asks for memory to write them to, 128 bytes each.
+
+    The user's own allocator stays. Since triton 3.5 it belongs to the context, of which this runs in a copy; in 3.4
+    there is one for all threads, which is put back, and what another thread launches meanwhile gets memory of ours.
+    """
+    before = getattr(getattr(triton.runtime, "_allocation", None), "_allocator", None)
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)
 
-    triton.set_allocator(allocate)  # in a context of its own: the user's own allocator stays
-    launch()
+    triton.set_allocator(allocate)
+    try:
+        launch()
+    finally:
+        if before is not None and not isinstance(before, ContextVar):
+            triton.set_allocator(before)
 
 
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:

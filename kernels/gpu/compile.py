@@ -58,6 +58,7 @@ class Compilation:
     scalar_dots: int  # matrix products that the compiler did not give to tensor cores
     wide_accesses: int  # global loads and stores of 16 bytes
     narrow_accesses: int  # global loads and stores of fewer
+    descriptor_loads: int  # instructions that load a tile by a tensor descriptor
     wide_share: float  # of the bytes that innermost loops access (without loops: all), those that go by 16
     assembly: str  # the machine code's text: SASS, or AMD's assembly
 
@@ -155,6 +156,7 @@ def _read_cuda(compiled: Any, target: Target) -> Compilation:
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=sizes.count(WIDE),
         narrow_accesses=len(sizes) - sizes.count(WIDE),
+        descriptor_loads=len(re.findall(r"\bUTMALDG\b", assembly)),
         wide_share=_wide_share(program),
         assembly=assembly,
     )
@@ -178,6 +180,7 @@ def _read_hip(compiled: Any, target: Target) -> Compilation:
         scalar_dots=scalar_dots(compiled.asm["ttgir"]),
         wide_accesses=sizes.count(WIDE),
         narrow_accesses=len(sizes) - sizes.count(WIDE),
+        descriptor_loads=0,
         wide_share=_wide_share(program),
         assembly=assembly,
     )

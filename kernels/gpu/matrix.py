@@ -24,6 +24,7 @@ from .attention_launch import (
     BACKWARD_ROWS,
     DECODE,
     FORWARD,
+    FORWARD_BY_DESCRIPTOR,
     AttentionTiles,
     DecodeTiles,
     Row,
@@ -54,6 +55,7 @@ class Case:
         multiplies: It must use matrix instructions.
         may_spill: Its row of the launch table says that it spills.
         least_wide_share: Of the bytes that its innermost loops move, those that must go by 16.
+        least_descriptor_loads: Instructions that load a tile by a tensor descriptor.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Case:
     multiplies: bool = False
     may_spill: bool = False
     least_wide_share: float = 0.5
+    least_descriptor_loads: int = 0
 
     def faults(self, compilation: Compilation) -> list[str]:
         """What is wrong with the machine code; nothing, if it is as it must be."""
@@ -74,6 +77,9 @@ class Case:
             found.append(f"{compilation.scalar_dots} products without matrix instructions")
         if compilation.wide_share < self.least_wide_share:
             found.append(f"{compilation.wide_share:.0%} of the bytes by 16, {self.least_wide_share:.0%} are the least")
+        if compilation.descriptor_loads < self.least_descriptor_loads:
+            least = self.least_descriptor_loads
+            found.append(f"{compilation.descriptor_loads} loads by tensor descriptors, {least} are the least")
         return found
 
 
@@ -205,9 +211,20 @@ def attention_cases(target: Target) -> Iterator[Case]:
                 name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
                 least = least_wide_share(target, kernel, feature)
                 yield Case(name, target, call, row.arithmetic != "ieee", row.spills, least)
+    yield from _cases_by_descriptor(target)
     shape = AttentionShape(torch.bfloat16, 128)
     yield Case(f"attention rows {shape}", target, shape.rows())
     yield Case(f"attention merge {shape}", target, shape.merge())
+
+
+def _cases_by_descriptor(target: Target) -> Iterator[Case]:
+    """The forward's other choice; what is out of sight and what is not are loops of their own, of keys and values."""
+    for row in FORWARD_BY_DESCRIPTOR:
+        for dtype in (torch.bfloat16, torch.float16):
+            for feature in PLAIN if target.name in row.targets else ():
+                shape = AttentionShape(dtype, row.head_dim, feature=feature)
+                name = f"attention forward by descriptor {shape} {row.tiles.block_m}x{row.tiles.block_n}"
+                yield Case(name, target, shape.forward(row.tiles), True, row.spills, least_descriptor_loads=4)
 
 
 def least_wide_share(target: Target, kernel: str, feature: str) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,8 +11,16 @@ pytest.importorskip("triton", reason="there is nothing to compile without triton
 from trilby.bench.static import __main__ as command
 from trilby.bench.static.compiling import compiling_for
 from trilby.bench.static.findings import examine
-from trilby.bench.static.subjects import OURS, PRODUCTS, TUTORIAL, Places, attention_subjects, norm_subjects
-from trilby.bench.static.table import norm_table, to_json, verdicts
+from trilby.bench.static.subjects import (
+    OURS,
+    OURS_BY_DESCRIPTOR,
+    PRODUCTS,
+    TUTORIAL,
+    Places,
+    attention_subjects,
+    norm_subjects,
+)
+from trilby.bench.static.table import attention_table, norm_table, to_json, verdicts
 from trilby.kernels.gpu.targets import TARGETS
 from triton.runtime.driver import driver
 
@@ -64,9 +73,9 @@ def tutorial(tmp_path):
 
 @pytest.mark.slow
 def test_ours_is_compiled_as_its_host_code_asks_and_multiplies_whole_tiles():
-    forward, backward = examine(attention_subjects(64, Places()), SM_90)
-    for finding in (forward, backward):
-        assert finding.subject.project == OURS
+    forward, backward, by_descriptor = examine(attention_subjects(64, Places()), SM_90)
+    assert [one.subject.project for one in (forward, backward, by_descriptor)] == [OURS, OURS, OURS_BY_DESCRIPTOR]
+    for finding in (forward, backward, by_descriptor):
         assert not finding.failure
         for kernel in finding.kernels:
             assert kernel.launch.compilation.spills == 0
@@ -78,6 +87,24 @@ def test_ours_is_compiled_as_its_host_code_asks_and_multiplies_whole_tiles():
                 assert loop.per_score["special"] >= 1  # an exponential each
                 assert 0.2 < loop.bound.tensor_use_in_turns < loop.bound.tensor_use <= 1
     assert forward.beside_tensor < backward.beside_tensor
+    assert_both_choices_are_shown_and_one_is_compared(forward, by_descriptor)
+
+
+def assert_both_choices_are_shown_and_one_is_compared(forward, by_descriptor):
+    loads = [one.kernels[0].launch.compilation.descriptor_loads > 0 for one in (forward, by_descriptor)]
+    assert loads == [False, True]
+    assert attention_table([forward, by_descriptor]).row_count == 3  # a heading and a line each
+    assert verdicts([forward, by_descriptor]) == []
+    rival = replace(by_descriptor, subject=replace(by_descriptor.subject, project=TUTORIAL))
+    (line,) = verdicts([forward, by_descriptor, rival])
+    assert TUTORIAL in line
+
+
+@pytest.mark.parametrize(("head_dim", "targets"), [(64, {"sm_90", "sm_100", "sm_120"}), (128, {"sm_90", "sm_100"})])
+def test_the_forwards_other_choice_is_shown_where_a_target_has_it(head_dim, targets):
+    other = [one for one in attention_subjects(head_dim, Places()) if one.project == OURS_BY_DESCRIPTOR]
+    assert {target for one in other for target in one.targets} == targets
+    assert list(examine(other, TARGETS["sm_80"])) == []
 
 
 @pytest.mark.slow

@@ -257,3 +257,17 @@ def test_mistakes_are_seen(mutant, mistake, module, old, new):
     wrong = mutant(f"attention_{module}", old, new)
     with pytest.raises(AssertionError, match="error"):
         assert_exact_with_and_without_mask(wrong, *inputs(1, 1, 1, 33, 33, 16))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "old", "new"),
+    [
+        ("ends a key late", "[sequence.keys, DIM], [", "[sequence.keys + 1, DIM], ["),
+        ("ends a key early", "[sequence.keys, DIM], [", "[sequence.keys - 1, DIM], ["),
+        ("begins a key late", "descriptor.load([first, 0])", "descriptor.load([first + 1, 0])"),
+    ],
+)
+def test_mistakes_of_descriptors_are_seen(mutant, mistake, old, new):
+    wrong = mutant("attention_sequence", old, new)
+    with pytest.raises(AssertionError):
+        test_tensor_descriptors_end_where_a_packed_sequence_ends(wrong)

@@ -21,6 +21,7 @@ OUTCOME = Compilation(
     wide_accesses=2,
     wide_share=0.9,
     narrow_accesses=0,
+    descriptor_loads=0,
     assembly="LDG",
 )
 
