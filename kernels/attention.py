@@ -122,8 +122,8 @@ def attend(
         1 0 0 0      1 1 1 0
         1 1 0 0      1 1 1 1
 
-    By the C++ kernels what else is in the batch changes no bit of a row's output, logsumexp and gradients, nor does the number of
-    threads. With dropout that holds while the row keeps its index.
+    By the C++ kernels what else is in the batch changes no bit of a row's output, logsumexp and gradients, nor does the
+    number of threads. With dropout that holds while the row keeps its index.
 
     Args:
         query: [B, H, T, D]; float32, bfloat16 or float16 for trilby's kernels.

@@ -48,9 +48,9 @@ def varlen_attn(
         . . 1 1 .
         . . 1 1 1
 
-    By the C++ kernels what else is in the batch changes no bit of a sequence's output, logsumexp and gradients, nor does
-    the number of threads. With dropout that holds while the sequence keeps its place: what is dropped goes by the row
-    of query, counted from the batch's first.
+    By the C++ kernels what else is in the batch changes no bit of a sequence's output, logsumexp and gradients, nor
+    does the number of threads. With dropout that holds while the sequence keeps its place: what is dropped goes by the
+    row of query, counted from the batch's first.
 
     Args:
         query: [all queries, H, D]; float32, bfloat16 or float16 for trilby's kernels.
