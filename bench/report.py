@@ -19,7 +19,9 @@ HOW_TO_READ = (
     "time ratio: PyTorch's time / trilby's, median of rounds in turns A B A B (20th to 80th percentile); "
     "above 1 trilby is faster, SLOWER marks where it is not.",
     "share of the ceiling: work done per second by trilby (by PyTorch) / the most this machine was seen to do: "
-    "multiply-adds for attention and training, bytes copied for norms.",
+    "multiply-adds for attention and training, bytes copied for norms, bytes read for one query.",
+    "attention's shapes: B x H x T x D; 12/4: heads of queries / of keys; 1/8192: queries / keys; packed: one tensor "
+    "of all three; padded: under a mask; (100-1000): sequences of such lengths in a row.",
 )
 
 JSON_SCHEMA = 1
@@ -74,6 +76,9 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in ceilings.flops.items())
     copies = ", ".join(f"{copy.rate / 1e9:.0f} GB/s of {copy.moved / 2**20:.0f} MiB" for copy in ceilings.copies)
+    reads = "".join(
+        f", {read.rate / 1e9:.0f} GB/s of {read.moved / 2**20:.0f} MiB only read" for read in ceilings.reads
+    )
     served = ", ".join(sorted(set(machine.services.values())))
     gpu = f"{machine.gpu}, under " if machine.gpu else ""
     return [
@@ -81,7 +86,7 @@ def heading(machine: Machine, ceilings: Ceilings) -> list[str]:
         f"{machine.memory_bytes / 2**30:.0f} GiB, {machine.system}; {versions}; "
         f"PyTorch runs {machine.capability}, trilby {served}",
         f"ceilings, the most that was reached here: multiply-adds {rates} (torch.mm; what float32 reaches, bfloat16 "
-        f"can); copies {copies}",
+        f"can); copies {copies}{reads}",
     ]
 
 

@@ -5,11 +5,13 @@ Each is called as its own documentation says, and no further tuned.
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from trilby.gpt import PYTORCH, Layers
+
+from .functions import PYTORCH, Functions
 
 BACKENDS = {
     "PyTorch flash": SDPBackend.FLASH_ATTENTION,
@@ -21,7 +23,7 @@ LIGER = "Liger"
 APEX = "Apex"
 
 
-def rivals(operation: str) -> dict[str, Layers]:
+def rivals(operation: str) -> dict[str, Functions]:
     """Those that compute "attention", "layer_norm" or "add_layer_norm", by name; the other functions are PyTorch's."""
     if operation == "attention":
         found = {name: _attention(_backend(backend)) for name, backend in BACKENDS.items()}
@@ -32,7 +34,7 @@ def rivals(operation: str) -> dict[str, Layers]:
     if _has("apex"):
         found[APEX] = _norm(_apex)
     if _has("flash_attn") and operation == "add_layer_norm":
-        found[FLASH_ATTENTION] = Layers(PYTORCH.attention, PYTORCH.layer_norm, _flash_add_layer_norm)
+        found[FLASH_ATTENTION] = replace(PYTORCH, add_layer_norm=_flash_add_layer_norm)
     return found
 
 
@@ -40,18 +42,18 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _attention(function: Callable[..., Tensor]) -> Layers:
-    return Layers(function, PYTORCH.layer_norm, PYTORCH.add_layer_norm)
+def _attention(function: Callable[..., Tensor]) -> Functions:
+    return replace(PYTORCH, attention=function)
 
 
-def _norm(layer_norm: Callable[..., Tensor]) -> Layers:
+def _norm(layer_norm: Callable[..., Tensor]) -> Functions:
     def add_layer_norm(
         stream: Tensor, branch: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         summed = stream + branch
         return layer_norm(summed, normalized_shape, weight, bias, eps), summed
 
-    return Layers(PYTORCH.attention, layer_norm, add_layer_norm)
+    return replace(PYTORCH, layer_norm=layer_norm, add_layer_norm=add_layer_norm)
 
 
 def _backend(backend: SDPBackend) -> Callable[..., Tensor]:

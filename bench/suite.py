@@ -5,26 +5,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from trilby.gpt import PYTORCH, TRILBY
 
 from .cases import (
     ALLOCATION_CASE,
     ATTENTION_CASES,
-    DIRECTIONS,
     GPU_ATTENTION_CASES,
     GPU_NORM_CASES,
     GPU_SELF_CHECKS,
     NORM_CASES,
     REPEAT_CASES,
     SELF_CHECKS,
+    AttentionCase,
     Case,
     Device,
     Direction,
     NormCase,
-    attention_flops,
+    attention_work,
     norm_bytes,
+    read_bytes,
 )
 from .contestants import Call, contestants, errors, prepare, truths
+from .functions import PYTORCH, TRILBY
 from .machine import MIB, Ceilings, timer_of
 from .measure import Budget, differing_runs, interleaved
 from .memory import device_peak_bytes, peak_bytes
@@ -86,7 +87,7 @@ class Plan:
     @property
     def kernel_steps(self) -> int:
         """How many rows `allocator_row`, `kernel_rows` and `repeat_rows` make."""
-        rows = sum(len(case.dtypes) * len(DIRECTIONS) for case in self.cases)
+        rows = sum(len(case.dtypes) * len(case.directions) for case in self.cases)
         return len(self.self_checks) + rows + 2 * self.shows_allocator + len(self.repeat_cases)
 
     @property
@@ -131,7 +132,7 @@ def kernel_rows(plan: Plan, ceilings: Ceilings, advance: Callable[[], None]) -> 
             job = prepare(case, getattr(torch, dtype))
             truth = truths(job)
             sides = contestants(plan.compiled, case)
-            for direction in DIRECTIONS:
+            for direction in case.directions:
                 calls, absent = available({name: job.call(layers, direction) for name, layers in sides.items()})
                 if COMPILED in calls:
                     calls[COMPILED]()  # compiles; neither that time nor that memory is a call's
@@ -175,9 +176,10 @@ def work_of(case: Case, direction: Direction, dtype: str, ceilings: Ceilings) ->
     if isinstance(case, NormCase):
         moved = norm_bytes(case, direction, getattr(torch, dtype).itemsize)
         return Work(moved, "byte", ceilings.bandwidth(moved))
-    return Work(
-        attention_flops(case.B, case.H, case.T, case.D, direction, case.is_causal), "flop", ceilings.flops[dtype]
-    )
+    if isinstance(case, AttentionCase) and case.T == 1:
+        read = read_bytes(case, getattr(torch, dtype).itemsize)
+        return Work(read, "byte", ceilings.reading(read))
+    return Work(attention_work(case, direction), "flop", ceilings.flops[dtype])
 
 
 def _self_check_row(case: Case, direction: Direction, plan: Plan, ceilings: Ceilings) -> Row:

@@ -6,18 +6,22 @@ It times one contestant after the other, not in turns: for a ratio to believe, r
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from trilby.bench.cases import ATTENTION_CASES, DIRECTIONS, DTYPES, AttentionCase, Direction
+from trilby.bench.cases import ATTENTION_CASES, DTYPES, AttentionCase, Direction, VarlenCase
 from trilby.bench.contestants import contestants, prepare
 
 SIDES = contestants(compiled=False)
+TIMED = [
+    pytest.param(case, direction, id=f"{case.operation}-{case.shape}-{direction}".replace(" ", "-"))
+    for case in ATTENTION_CASES
+    for direction in case.directions
+]
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=[case.shape.replace(" ", "-") for case in ATTENTION_CASES])
+@pytest.mark.parametrize(("case", "direction"), TIMED)
 def test_attention_speed(
-    benchmark: BenchmarkFixture, case: AttentionCase, dtype: str, direction: Direction, side: str
+    benchmark: BenchmarkFixture, case: AttentionCase | VarlenCase, dtype: str, direction: Direction, side: str
 ) -> None:
     benchmark.group = f"{case.operation} {case.shape} {dtype} {direction}"
     benchmark(prepare(case, getattr(torch, dtype)).call(SIDES[side], direction))

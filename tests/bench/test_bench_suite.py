@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from trilby.bench import suite
-from trilby.bench.cases import ATTENTION_CASES, NORM_CASES, SELF_CHECKS, AttentionCase, NormCase
-from trilby.bench.machine import Ceilings, Copy
+from trilby.bench.cases import ATTENTION_CASES, NORM_CASES, SELF_CHECKS, AttentionCase, NormCase, VarlenCase
+from trilby.bench.machine import Ceilings, Copy, Read
 from trilby.bench.measure import Budget
 from trilby.bench.results import OURS, RIVAL
 from trilby.bench.suite import Plan, kernel_rows, work_of
@@ -22,16 +22,18 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),))
+CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, (Copy(2**20, 5e10),), (Read(2**20, 7e10),))
 
 
 def test_a_full_plan_has_every_case_and_the_allocator_twice():
     plan = Plan()
     assert plan.cases == (*ATTENTION_CASES, *NORM_CASES)
-    assert plan.kernel_steps == len(SELF_CHECKS) + 4 * len(plan.cases) + 2
+    assert plan.kernel_steps == len(SELF_CHECKS) + sum(2 * len(case.directions) for case in plan.cases) + 2
 
 
-@pytest.mark.parametrize(("only", "kinds"), [("attention", {AttentionCase}), ("norm", {NormCase}), ("gpt", set())])
+@pytest.mark.parametrize(
+    ("only", "kinds"), [("attention", {AttentionCase, VarlenCase}), ("norm", {NormCase}), ("gpt", set())]
+)
 def test_one_group_alone(only, kinds):
     plan = Plan(only)
     assert {type(case) for case in plan.cases} == kinds
@@ -49,19 +51,33 @@ def test_work_has_the_ceiling_of_its_kind():
     assert work_of(attention, "forward", "bfloat16", CEILINGS).ceiling == 2e11
     assert work_of(norm, "forward", "bfloat16", CEILINGS).amount == 2 * 1024 * 512 * 2
     assert work_of(norm, "forward", "bfloat16", CEILINGS).ceiling == 5e10
+    one_query = AttentionCase(1, 1, 1, 4, "", is_causal=False, cached=8)
+    assert work_of(one_query, "forward", "bfloat16", CEILINGS).ceiling == 7e10
+    assert work_of(one_query, "forward", "bfloat16", CEILINGS).amount == 2 * 8 * 4 * 2
+    assert work_of(VarlenCase((8,), 1, 4, ""), "forward", "float32", CEILINGS).ceiling == 1e11
 
 
 def test_every_case_becomes_a_checked_row_and_advances(monkeypatch):
-    tiny = (AttentionCase(1, 2, 8, 4, "", quick=True), NormCase(4, 8, "", quick=True), NormCase(4, 8, "", True, True))
-    monkeypatch.setattr(suite, "ATTENTION_CASES", tiny[:1])
-    monkeypatch.setattr(suite, "NORM_CASES", tiny[1:])
-    monkeypatch.setattr(suite, "SELF_CHECKS", ((tiny[0], "forward"), (tiny[1], "forward+backward")))
+    attention = (
+        AttentionCase(1, 2, 8, 4, "", quick=True),
+        AttentionCase(1, 2, 8, 4, "", quick=True, dropout_p=0.5, directions=("forward+backward",)),
+        AttentionCase(1, 2, 1, 4, "", quick=True, is_causal=False, cached=8, directions=("forward",)),
+        VarlenCase((3, 8), 2, 4, "", quick=True),
+    )
+    norms = tuple(
+        NormCase(4, 8, "", add, quick=True, is_centered=is_centered)
+        for is_centered in (True, False)
+        for add in (False, True)
+    )
+    monkeypatch.setattr(suite, "ATTENTION_CASES", attention)
+    monkeypatch.setattr(suite, "NORM_CASES", norms)
+    monkeypatch.setattr(suite, "SELF_CHECKS", ((attention[0], "forward"), (norms[0], "forward+backward")))
     monkeypatch.setattr(Plan, "budget", lambda self: Budget(0.0, least_rounds=2, sample_seconds=0.0))
     steps, plan = [], Plan(quick=True)
     rows = list(kernel_rows(plan, CEILINGS, lambda: steps.append(1)))
     comparisons = [row for row in rows if not row.is_self_check]
     assert len(rows) == len(steps) == plan.kernel_steps
-    assert len({(row.operation, row.dtype, row.direction) for row in comparisons}) == 3 * 2 * 2
+    assert len({(row.operation, row.shape, row.dtype, row.direction) for row in comparisons}) == (6 * 2 + 1 + 1) * 2
     assert all(row.errors and row.is_exact and set(row.peak_bytes) == {RIVAL, OURS} for row in comparisons)
     assert [row.operation for row in rows if row.is_self_check] == ["attention", "layer_norm"]
 
