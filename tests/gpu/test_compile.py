@@ -160,7 +160,7 @@ def test_every_row_that_loads_by_descriptors_is_in_the_matrix():
         for target in row.targets:
             assert TARGETS[target].has_descriptors
             for dtype in ("bfloat16", "float16"):
-                names = (rf" {dtype} D {row.head_dim} causal{feature} \d" for feature in ("", " window"))
+                names = (rf"{dtype} D {row.head_dim} causal{feature} \d" for feature in ("", " window"))
                 assert len(by_descriptor_of(target, *names)) == 2
 
 
