@@ -91,22 +91,23 @@ class Ceilings:
     reads: tuple[Read, ...] = ()
 
     def bandwidth(self, moved: int) -> float:
-        """Bytes per second that nothing which moves `moved` bytes, reading and writing, should exceed."""
-        return _best_rate(self.copies, moved)
+        """Bytes per second that nothing which moves `moved` bytes should exceed.
 
-    def reading(self, moved: int) -> float:
-        """Bytes per second that nothing which reads `moved` bytes should exceed."""
-        return _best_rate(self.reads, moved)
+        The best of all copies from the next smaller size on: caches serve a smaller copy at least as well, so a share
+        of this is never flattered.
+        """
+        ordered = sorted(self.copies, key=lambda copy: copy.moved)
+        smaller = [copy for copy in ordered if copy.moved <= moved]
+        return max(copy.rate for copy in ordered[max(len(smaller) - 1, 0) :])
 
+    @property
+    def reading(self) -> float:
+        """Bytes per second that nothing which reads more than caches hold should exceed: the best of all reads.
 
-def _best_rate(measured: Sequence[Copy | Read], moved: int) -> float:
-    """The best of all from the next smaller size on.
-
-    Caches serve a smaller one at least as well, so a share of this is never flattered.
-    """
-    ordered = sorted(measured, key=lambda each: each.moved)
-    smaller = [each for each in ordered if each.moved <= moved]
-    return max(each.rate for each in ordered[max(len(smaller) - 1, 0) :])
+        On a shared machine a read was seen to take 2.5 times as long from one second to the next: of one size alone, a
+        share could be above 1.
+        """
+        return max(read.rate for read in self.reads)
 
 
 def describe_machine(device: Device = "cpu") -> Machine:

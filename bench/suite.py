@@ -178,7 +178,7 @@ def work_of(case: Case, direction: Direction, dtype: str, ceilings: Ceilings) ->
         return Work(moved, "byte", ceilings.bandwidth(moved))
     if isinstance(case, AttentionCase) and case.T == 1:
         read = read_bytes(case, getattr(torch, dtype).itemsize)
-        return Work(read, "byte", ceilings.reading(read))
+        return Work(read, "byte", ceilings.reading)
     return Work(attention_work(case, direction), "flop", ceilings.flops[dtype])
 
 

@@ -8,11 +8,13 @@ from trilby.bench.machine import (
     MIB,
     Ceilings,
     Copy,
+    Read,
     ceiling_steps,
     copy_rate,
     describe_machine,
     measure_ceilings,
     product_rate,
+    read_rate,
 )
 from trilby.bench.memory import peak_bytes
 
@@ -36,7 +38,12 @@ def test_a_disturbed_small_copy_is_no_ceiling():
     assert disturbed.bandwidth(2 * MIB) == 40.0
 
 
+def test_what_reads_is_held_against_the_best_read():
+    assert Ceilings({}, (), (Read(192 * MIB, 30.0), Read(384 * MIB, 12.0))).reading == 30.0
+
+
 def test_what_is_measured_is_possible():
+    assert 1e8 < read_rate(2 * MIB) < 1e14
     assert 1e8 < product_rate(128, torch.float32) < 1e15
     assert 1e8 < copy_rate(2 * MIB) < 1e14
 
