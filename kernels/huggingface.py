@@ -84,7 +84,7 @@ def attention(
         value,
         attention_mask,
         dropout,
-        is_causal and attention_mask is None,
+        is_causal and attention_mask is None and query.shape[2] > 1,
         scale=scaling,
         enable_gqa=True,
     )

@@ -246,7 +246,7 @@ BACKWARD_KEY_VALUE = (
     Row(LARGE, "half", 256, AttentionTiles(32, 32, 8, 2), "173 registers; 64 keys spill"),
     Row(("sm_80", *SMALL), "half", 256, AttentionTiles(16, 64, 8, 1), "255 registers, 88 KiB; no room for 2 stages"),
     Row(CDNA, "half", 64, AttentionTiles(32, 64, 4, 1), "206 registers"),
-    Row(CDNA, "half", 128, AttentionTiles(16, 64, 8, 1), "150 registers; 32 queries spill up to 7"),
+    Row(CDNA, "half", 128, AttentionTiles(16, 64, 4, 1), "205 registers; 8 waves load by 8 bytes, 32 queries spill"),
     Row(CDNA, "half", 256, AttentionTiles(16, 64, 8, 1), "233 registers"),
     Row(RDNA, "half", 64, AttentionTiles(16, 64, 8, 1), "no smaller tile spills less", spills=True),
     Row(RDNA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", spills=True),

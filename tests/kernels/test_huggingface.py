@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 B, T, VOCABULARY = 4, 80, 97
+NEW = 20  # tokens
 
 
 def gpt2() -> transformers.PretrainedConfig:
@@ -104,7 +105,7 @@ def test_generate_gives_the_tokens_of_sdpa(config, cache, computed):
         return net.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=20,
+            max_new_tokens=NEW,
             do_sample=False,
             cache_implementation=cache,
             disable_compile=True,
@@ -112,7 +113,8 @@ def test_generate_gives_the_tokens_of_sdpa(config, cache, computed):
         )
 
     found = generate("trilby")
-    assert computed == (left_to_trilby(config, [T, T]) if cache == "dynamic" else computed)
+    steps = [1] * (config().num_hidden_layers * (NEW - 1))
+    assert computed == (left_to_trilby(config, [T, T, *steps]) if cache == "dynamic" else computed)
     assert torch.equal(found, generate("sdpa"))
 
 
