@@ -190,14 +190,14 @@ Tensor empty_logsumexp(int64_t B, int64_t H, int64_t T, bool marked) {
   const Sizes sizes = {B, H, T}, strides = {T * H, 1, H};
   if (!marked) return empty(sizes, strides, ScalarType::Float);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(empty({B * H * T + 1}, {1}, ScalarType::Float).get(), 3,
-                                                               sizes.data(), strides.data(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(empty({B * H * T + 1}, {1}, ScalarType::Float).get(), 3,
+                                                        sizes.data(), strides.data(), 0, &handle));
   return Tensor(handle);
 }
 
 bool is_marked(const Tensor& logsumexp) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(logsumexp.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(logsumexp.get(), &bytes));
   return bytes > logsumexp.numel() * static_cast<int64_t>(sizeof(float));
 }
 
