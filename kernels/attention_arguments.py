@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .attention_rules import AttentionCall, Mask, errors_of_mask
 from .options import UNBOUNDED, AttentionOptions
 from .seed import draw_seed
+from .shortcut import wants_gradient
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class AttentionArguments:
             self.dropout_p,
             self.is_causal,
             self.enable_gqa,
-            torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+            wants_gradient(query, key, value),
         )
 
     @property
