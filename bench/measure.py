@@ -17,8 +17,12 @@ from torch import Tensor
 
 # PyTorch timed against itself must read 1 within this; else the run is too noisy to be believed, and says so.
 SELF_CHECK_BOUND = 0.05
-# A call this long takes about as long when it is not warm yet: its first run is all that planning needs.
+# A call this long takes about as long when it is not warm yet: its first run is all that planning needs, and, of
+# contestants that all are so long, a round like any other.
 LONG_CALL = 0.1
+# Where the slowest takes so many times as long as the fastest, one round tells who is: without instructions for
+# bfloat16, PyTorch's attention takes 6 s forward and backward at (1, 12, 4096, 64), 9 times as long as trilby's.
+CLEAR_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def rounds_and_calls(seconds_per_call: Sequence[float], budget: Budget) -> tuple
     fastest = max(min(seconds_per_call), 1e-9)
     calls = 1 if budget.before else max(1, math.ceil(budget.sample_seconds / fastest))
     round_seconds = max(calls * sum(seconds_per_call), 1e-9)
-    rounds = min(max(int(budget.seconds / round_seconds), budget.least_rounds), budget.most_rounds)
-    return rounds, calls
+    is_clear = fastest > LONG_CALL and max(seconds_per_call) > CLEAR_RATIO * fastest
+    least = 1 if is_clear else budget.least_rounds
+    return min(max(int(budget.seconds / round_seconds), least), budget.most_rounds), calls
 
 
 class Timer(Protocol):
@@ -159,11 +164,14 @@ def interleaved(
     with _no_garbage_collection():
         estimates = [_estimate(call, budget, timer) for call in contestants.values()]
         rounds, calls = rounds_and_calls(estimates, budget)
+        known = [(seconds,) if min(estimates) > LONG_CALL else () for seconds in estimates]
         turns: dict[str, list[Callable[[], float]]] = {name: [] for name in contestants}
-        for _ in range(rounds):
+        for _ in range(rounds - len(known[0])):
             for name, call in contestants.items():
                 turns[name].append(_turn(call, calls, budget.before, timer))
-        return {name: tuple(seconds() / calls for seconds in own) for name, own in turns.items()}
+        return {
+            name: (*first, *(seconds() / calls for seconds in own)) for first, (name, own) in zip(known, turns.items())
+        }
 
 
 def _estimate(call: Callable[[], object], budget: Budget, timer: Timer) -> float:

@@ -12,6 +12,7 @@ from trilby.bench.machine import (
     ceiling_steps,
     copy_rate,
     describe_machine,
+    is_hopeless,
     measure_ceilings,
     product_rate,
     read_rate,
@@ -46,6 +47,14 @@ def test_what_is_measured_is_possible():
     assert 1e8 < read_rate(2 * MIB) < 1e14
     assert 1e8 < product_rate(128, torch.float32) < 1e15
     assert 1e8 < copy_rate(2 * MIB) < 1e14
+
+
+@pytest.mark.parametrize(
+    ("rates", "hopeless"),
+    [([], False), ([9.0], False), ([9.0, 3.0], False), ([9.0, 2.0], True), ([9.0, 2.0, 9.0], False)],
+)
+def test_no_larger_product_is_waited_for_where_a_small_one_is_far_too_slow(rates, hopeless):
+    assert is_hopeless(rates) == hopeless
 
 
 def test_every_measurement_advances_the_progress_bar():

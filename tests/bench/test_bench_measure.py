@@ -73,7 +73,15 @@ def test_contestants_take_turns():
     calls = {"A": clock.pass_in(0.5, log, "A"), "B": clock.pass_in(0.25, log, "B")}
     seconds = interleaved(calls, Budget(seconds=3.0), HostTimer(clock))
     assert seconds == {"A": (0.5,) * 4, "B": (0.25,) * 4}
-    assert "".join(log) == "AB" + "AB" * 4  # to learn how long they take, then the rounds
+    assert "".join(log) == "AB" * 4  # the first, to learn how long they take, is a round of calls so long
+
+
+def test_how_long_a_shorter_call_takes_is_learned_before_the_rounds():
+    clock, log = Clock(), []
+    calls = {"A": clock.pass_in(0.05, log, "A"), "B": clock.pass_in(0.05, log, "B")}
+    seconds = interleaved(calls, Budget(seconds=0.3, least_rounds=2), HostTimer(clock))
+    assert seconds == {"A": pytest.approx((0.05,) * 3), "B": pytest.approx((0.05,) * 3)}
+    assert "".join(log) == "AABB" + "AB" * 3
 
 
 def test_a_short_call_is_repeated_within_its_turn_by_all_alike():
@@ -97,6 +105,8 @@ def test_what_happens_before_a_turn_is_not_timed():
     [
         ((0.1, 0.1), Budget(seconds=2.0), (10, 1)),
         ((2.0, 2.0), Budget(seconds=1.0, least_rounds=7), (7, 1)),
+        ((9.0, 2.0), Budget(seconds=1.0, least_rounds=7), (1, 1)),
+        ((0.9, 0.05), Budget(seconds=1.0, least_rounds=7), (7, 1)),
         ((2**-20, 2**-20), Budget(seconds=1e9, most_rounds=30, sample_seconds=2**-10), (30, 1024)),
         ((0.0, 0.0), Budget(seconds=1.0, most_rounds=30, sample_seconds=0.0), (30, 1)),
     ],
