@@ -28,7 +28,7 @@ def chosen(target, *patterns):
         SM_90,
         "attention forward bfloat16 D 64 causal 128x128",
         "attention forward bfloat16 D 128 causal 128x128",
-        "attention key_value bfloat16 D 64 causal 64x128",
+        "attention key_value bfloat16 D 64 causal 64x64",
         "attention query bfloat16 D 128 causal 128x64",
         "attention rows",
         "norm forward bfloat16 N 1024",
