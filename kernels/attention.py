@@ -17,6 +17,7 @@ from .attention_rules import (
     FEWEST_MULTIPLICATIONS,
     KERNEL_DTYPES,
     LARGEST_HEAD_DIM,
+    is_pytorchs_at_sight,
     is_trilbys_inference,
 )
 from .observer import LIBRARIES, hand_over, hand_over_unseen
@@ -72,18 +73,23 @@ def scaled_dot_product_attention(
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     # The cheapest questions first: a tiny call takes as long as ten of them.
-    is_plain = attn_mask is None and dropout_p == 0.0 and not torch.is_autocast_enabled("cpu")
-    if is_plain and is_eager(query, key, value) and not wants_gradient(query, key, value):
-        dtypes = query.dtype, key.dtype, value.dtype
-        is_trilbys = is_trilbys_inference(query.shape, key.shape, value.shape, dtypes, enable_gqa)
-        if is_trilbys:
-            window = UNBOUNDED, 0 if is_causal else UNBOUNDED
-            output: Tensor = attention_output(query, key, value, None, None, None, scale, enable_gqa, False, *window)
-            return output
-        if not LIBRARIES:
-            if scale is None and not enable_gqa:  # keywords cost 2 of a tiny call's 6 µs
-                return _pytorch(query, key, value, None, 0.0, is_causal)
-            return _pytorch(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is None and dropout_p == 0.0:
+        if not LIBRARIES and is_pytorchs_at_sight(query, key):
+            return _pytorch_plain(query, key, value, is_causal, scale, enable_gqa)
+        if (
+            not torch.is_autocast_enabled("cpu")
+            and is_eager(query, key, value)
+            and not wants_gradient(query, key, value)
+        ):
+            dtypes = query.dtype, key.dtype, value.dtype
+            if is_trilbys_inference(query.shape, key.shape, value.shape, dtypes, enable_gqa):
+                window = UNBOUNDED, 0 if is_causal else UNBOUNDED
+                output: Tensor = attention_output(
+                    query, key, value, None, None, None, scale, enable_gqa, False, *window
+                )
+                return output
+            if not LIBRARIES:
+                return _pytorch_plain(query, key, value, is_causal, scale, enable_gqa)
     few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
     is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
     if is_small and not LIBRARIES:
@@ -93,6 +99,14 @@ def scaled_dot_product_attention(
         return hand_over(reasons, asked.by_pytorch)
     result: Tensor = attention(asked.query, asked.key, asked.value, *asked.options())[0]
     return result
+
+
+def _pytorch_plain(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    if scale is None and not enable_gqa:  # keywords cost 2 of a tiny call's 6 µs
+        return _pytorch(query, key, value, None, 0.0, is_causal)
+    return _pytorch(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def attend(

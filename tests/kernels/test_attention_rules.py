@@ -72,6 +72,21 @@ def of_pytorchs_operator(call: AttentionCall) -> AttentionCall:
     return call._replace(in_place=True, trains=torch.is_grad_enabled(), enable_gqa=True)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("heads", [1, 2, 3, 12])
+@pytest.mark.parametrize("keys", [1, 32, 33, 600])
+@pytest.mark.parametrize("queries", [1, 8, 9, 31, 32, 160])
+def test_what_is_pytorchs_at_sight_is_so_by_the_rule(queries, keys, heads, trains):
+    query = torch.zeros(1, heads, queries, 64, requires_grad=trains)
+    key = torch.zeros(1, heads, keys, 64)
+    for dtype in DTYPES:
+        arguments = AttentionArguments(query.to(dtype), key.to(dtype), key.to(dtype))
+        if rules.is_pytorchs_at_sight(query, key):
+            assert reasons_for_pytorch(arguments)
+    if 8 < queries < 32 or (trains and queries < 32):
+        assert rules.is_pytorchs_at_sight(query, key)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(SIZES)),
