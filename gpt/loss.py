@@ -14,12 +14,10 @@ all logits at once 1.4 to 2.2 s; chunks recomputed by `torch.utils.checkpoint` 1
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from trilby import kernels
 
 from .data import IGNORED
 
@@ -71,19 +69,14 @@ def rows_per_chunk(vocab_size: int) -> int:
 def product_dtype(device: str, weight_dtype: torch.dtype) -> torch.dtype:
     """What the matrix products run in on a `device` of this type: autocast's dtype, or the weights' own.
 
-    An x86 processor without AMX multiplies bfloat16 more slowly than float32: PyTorch's products of 160 x 768 and
-    50257, on two threads of a Xeon with AVX512-BF16, reach 132 to 146 GFLOP/s in bfloat16 and 203 to 233 in float32;
-    the loss of 1024 tokens takes 2.2 s and 1.3. So there the products of float32 weights stay float32.
+    Where a processor multiplies bfloat16 more slowly than float32 (`kernels.BFLOAT16_IS_SLOW`), the products of
+    float32 weights stay float32: on a Xeon with AVX512-BF16 the loss of 1024 tokens takes 2.2 s in one, 1.3 in the
+    other.
     """
     if not torch.is_autocast_enabled(device):
         return weight_dtype
     dtype = torch.get_autocast_dtype(device)
-    return weight_dtype if device == "cpu" and dtype == torch.bfloat16 and _bfloat16_is_slow() else dtype
-
-
-@cache
-def _bfloat16_is_slow() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
+    return weight_dtype if device == "cpu" and dtype == torch.bfloat16 and kernels.BFLOAT16_IS_SLOW else dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -9,8 +9,10 @@ from .memory import keep_memory
 from .norm import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .provider import activate, activated, restore
 from .varlen import varlen_attn
+from .wide_product import BFLOAT16_IS_SLOW
 
 __all__ = [
+    "BFLOAT16_IS_SLOW",
     "Affine",
     "BlockWeights",
     "DecoderWeights",

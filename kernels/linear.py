@@ -9,11 +9,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .observer import LIBRARIES, hand_over_unseen
 from .ops import reasons_against_device
 from .shortcut import reasons_of_context, short_way
+from .wide_product import linear as _pytorchs
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of input up to which waiting for the weights is all there is to it. Measured on one thread without AMX, PyTorch's
@@ -162,7 +162,9 @@ def linear(input: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None 
     """Input · weightᵀ + bias: `F.linear`, faster for the few rows of a token that is generated.
 
     Arguments, results, errors and gradients are those of `torch.nn.functional.linear`, but that weights may be 8-bit
-    integers. Sums are taken in float32, and are the same bit by bit for every number of threads and of rows.
+    integers. Sums are taken in float32, and trilby's are the same bit by bit for every number of threads and of rows.
+    Where a processor multiplies bfloat16 more slowly than float32, PyTorch's products of it, autocast's too, are
+    widened (`wide_product.py`).
 
     Args:
         input: [..., K]; float32, bfloat16 or float16 for trilby's kernel.
@@ -181,14 +183,14 @@ def linear(input: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None 
             quantized = weight
             arguments = {"input": input, "weight": weight.values, "bias": bias}
             return hand_over_unseen(
-                "aten::linear", arguments, reasons, lambda: F.linear(input, quantized.dequantized(input.dtype), bias)
+                "aten::linear", arguments, reasons, lambda: _pytorchs(input, quantized.dequantized(input.dtype), bias)
             )
         return _linear(input, weight.values, bias, weight.scales)  # type: ignore[no-any-return]
     # The cheapest question first.
     if weight.is_cpu and weight.numel() < FEWEST_WEIGHTS.get(weight.dtype, 0) and not LIBRARIES:
-        return F.linear(input, weight, bias)
+        return _pytorchs(input, weight, bias)
     if reasons := reasons_for_pytorch(input, weight, bias):
         matrix = weight
         arguments = {"input": input, "weight": weight, "bias": bias}
-        return hand_over_unseen("aten::linear", arguments, reasons, lambda: F.linear(input, matrix, bias))
+        return hand_over_unseen("aten::linear", arguments, reasons, lambda: _pytorchs(input, matrix, bias))
     return _linear(input, weight, bias, None)  # type: ignore[no-any-return]

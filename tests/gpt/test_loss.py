@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_as_exact_as
 from torch.utils._python_dispatch import TorchDispatchMode
+from trilby import kernels
 from trilby.gpt import loss as loss_module
 from trilby.gpt.loss import linear_cross_entropy, product_dtype, rows_per_chunk
 
@@ -41,7 +42,7 @@ def test_loss_and_gradients_are_as_exact_as_pytorchs(N, chunk_bytes):
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_under_autocast_it_is_as_exact_as_pytorchs(chunk_bytes, is_slow, monkeypatch):
-    monkeypatch.setattr(loss_module, "_bfloat16_is_slow", lambda: is_slow)
+    monkeypatch.setattr(kernels, "BFLOAT16_IS_SLOW", is_slow)
     arguments = problem()
     hidden, weight, target = arguments
     with torch.autocast("cpu", torch.bfloat16):
@@ -55,7 +56,7 @@ def test_under_autocast_it_is_as_exact_as_pytorchs(chunk_bytes, is_slow, monkeyp
 
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_products_are_in_autocasts_dtype_where_that_is_the_faster_one(is_slow, monkeypatch):
-    monkeypatch.setattr(loss_module, "_bfloat16_is_slow", lambda: is_slow)
+    monkeypatch.setattr(kernels, "BFLOAT16_IS_SLOW", is_slow)
     assert product_dtype("cpu", torch.float32) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert product_dtype("cpu", torch.float32) == (torch.float32 if is_slow else torch.bfloat16)
