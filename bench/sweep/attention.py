@@ -1,13 +1,5 @@
-"""`python -m trilby.bench.sweep`: every corner of attention against PyTorch, to find where trilby is the slower.
+"""The cells of attention: every corner of sizes, and masks, groups, views and dropout at the sizes of models."""
 
-Cells are cheap, a few dozen milliseconds each, and so a little noisy: one that looks lost is timed again, for longer,
-before it is printed. `--kernel` times trilby's kernel even where the rule (kernels/attention_rules.py) leaves the call
-to PyTorch: what the rule's limits should be.
-"""
-
-import argparse
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,24 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trilby.kernels import attend, explain, scaled_dot_product_attention
+from trilby.kernels import attend, scaled_dot_product_attention
 
-from .cases import DIRECTIONS, Direction
-from .measure import Budget, HostTimer, interleaved, paired_ratios, quantile
+from ..cases import DIRECTIONS, Direction
 
-LOST = 0.95  # PyTorch's time over ours, below which a cell is lost
 MOST_MULTIPLICATIONS = 2**30  # of the scores of a cell: a tenth of a second in PyTorch
-BUDGETS = (Budget(seconds=0.01, most_rounds=9, sample_seconds=3e-4), Budget(0.1, 11, 41, 1e-3))
 KINDS = ("causal", "full", "padding", "documents", "added", "grouped", "views", "dropout")
 HEADS = ((1, 1), (1, 2), (1, 12), (4, 12))
 LENGTHS = (4, 8, 16, 32, 64, 128, 256)
 OTHER_LENGTHS = ((1, 16), (1, 128), (1, 1024), (1, 8192), (2, 256), (4, 1024), (8, 256), (16, 256), (64, 33))
 WIDTHS = (16, 64, 256)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Cell:
+class AttentionCell:
     """Attention of T queries to S keys, for B batches of H heads of D numbers."""
 
     kind: str
@@ -95,7 +83,7 @@ def _forward_and_backward(call: Callable[..., Any], inputs: Sequence[Tensor], gr
     return torch.autograd.grad(call(*inputs), inputs, grad_output)
 
 
-def cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[Cell]:
+def attention_cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[AttentionCell]:
     """All cells of these kinds and dtypes: of `causal` and `full` every size, of the others the sizes of models."""
     lengths = [(T, T) for T in LENGTHS] + list(OTHER_LENGTHS)
     for kind, dtype in product(kinds, dtypes):
@@ -106,45 +94,4 @@ def cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[Cell]:
             if (is_common and (kind == "full") == (T == S)) or B * H * T * S * D > MOST_MULTIPLICATIONS:
                 continue  # other lengths are seen in full, a causal mask where they agree
             for direction in DIRECTIONS:
-                yield Cell(kind, B, H, T, S, D, dtype, direction)
-
-
-def ratio(cell: Cell, by_kernel: bool, timer: HostTimer) -> float:
-    """PyTorch's time over ours: of a quick look, or if that is a loss, of a longer one."""
-    pytorch, ours = cell.sides(by_kernel)
-    found = 0.0
-    for budget in BUDGETS:
-        seconds = interleaved({"PyTorch": pytorch, "trilby": ours}, budget, timer)
-        found = quantile(paired_ratios(seconds["PyTorch"], seconds["trilby"]), 0.5)
-        if found >= LOST:
-            break
-    return found
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Time all cells and print those that are lost; 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="python -m trilby.bench.sweep", description=__doc__)
-    parser.add_argument("--kind", choices=KINDS, action="append", help="all by default")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="all by default")
-    parser.add_argument("--kernel", action="store_true", help="trilby's kernel where the rule takes PyTorch's, too")
-    parser.add_argument("--all", action="store_true", help="print every cell")
-    parser.add_argument("--one-thread", action="store_true", help="on one thread, by its own time: for busy machines")
-    options = parser.parse_args(arguments)
-    if options.one_thread:
-        torch.set_num_threads(1)
-    timer = HostTimer(time.thread_time if options.one_thread else time.perf_counter)
-    torch.manual_seed(0)
-    lost = total = 0
-    for cell in cells(options.kind or KINDS, options.dtype or DTYPES):
-        found = ratio(cell, options.kernel, timer)
-        total += 1
-        lost += found < LOST
-        if options.all or found < LOST:
-            whose = "trilby" if explain(cell.sides(options.kernel)[1])[0].is_trilbys else "PyTorch"
-            print(f"{found:6.2f}  {cell}, {whose}'s kernel", flush=True)
-    print(f"{lost} of {total} cells are lost")
-    return 1 if lost else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+                yield AttentionCell(kind, B, H, T, S, D, dtype, direction)

@@ -1,0 +1,1 @@
+"""Every size of attention and of norms against PyTorch: where is a call lost?"""
