@@ -4,8 +4,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 from activation import (
     ATTENTION,
     NORM,
@@ -167,3 +169,36 @@ def test_without_the_extension_activate_says_so_once():
         "trilby.kernels.restore()",
     )
     assert (script.returncode, script.stderr) == (0, "")
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """PyTorch's operators that trilby stands in for on CPUs, with arguments that it computes."""
+    aten = torch.ops.aten
+    heads = tuple(torch.randn(2, 4, 128, 32, requires_grad=True) for _ in range(3))
+    norm = (torch.randn(64, 768, requires_grad=True), (768,), *(torch.randn(768, requires_grad=True) for _ in range(2)))
+    with torch.no_grad():
+        attended = aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True)
+        normalized, *statistics = aten.native_layer_norm(*norm, 1e-5)
+    plain_heads, (rows, shape, *affine) = ([leaf.detach() for leaf in heads], norm)
+    return {
+        "_scaled_dot_product_flash_attention_for_cpu": (*heads, 0.0, True),
+        "_scaled_dot_product_flash_attention_for_cpu_backward": (attended[0], *plain_heads, *attended, 0.0, True),
+        "native_layer_norm": (*norm, 1e-5),
+        "native_layer_norm_backward": (
+            *(normalized, rows.detach(), shape, *statistics),
+            *(*(parameter.detach() for parameter in affine), [True] * 3),
+        ),
+    }
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_pytorchs_operators_keep_their_promises(number):
+    """Schema, fake kernel, autograd and functionalization, by PyTorch's own check, of each operator by trilby."""
+    name, arguments = list(operators().items())[number]
+    with activated():
+        before = torch.ops.trilby.served_calls()
+        torch.library.opcheck(getattr(torch.ops.aten, name).default, arguments)
+        assert torch.ops.trilby.served_calls()[number] > before[number]
