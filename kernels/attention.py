@@ -13,8 +13,6 @@ from . import attention_rules, reference
 from .attention_arguments import Arguments, AttentionArguments, checked_softcap, contiguous
 from .attention_at_once import ALL_KEYS, attention, attention_output, factor, output_at_once
 from .attention_rules import (
-    FEWEST_DECODED,
-    FEWEST_MULTIPLICATIONS,
     KERNEL_DTYPES,
     LARGEST_HEAD_DIM,
     is_pytorchs_at_sight,
@@ -73,14 +71,11 @@ def scaled_dot_product_attention(
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
     # The cheapest questions first: a tiny call takes as long as ten of them.
-    if attn_mask is None and dropout_p == 0.0:
-        if not LIBRARIES and is_pytorchs_at_sight(query, key):
-            return _pytorch_plain(query, key, value, is_causal, scale, enable_gqa)
-        if (
-            not torch.is_autocast_enabled("cpu")
-            and is_eager(query, key, value)
-            and not wants_gradient(query, key, value)
-        ):
+    if dropout_p == 0.0:
+        if not LIBRARIES and is_pytorchs_at_sight(query, key, attn_mask is not None):
+            return _pytorch_in_few_words(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        is_plain = attn_mask is None and not torch.is_autocast_enabled("cpu")
+        if is_plain and is_eager(query, key, value) and not wants_gradient(query, key, value):
             dtypes = query.dtype, key.dtype, value.dtype
             if is_trilbys_inference(query.shape, key.shape, value.shape, dtypes, enable_gqa):
                 window = UNBOUNDED, 0 if is_causal else UNBOUNDED
@@ -89,11 +84,7 @@ def scaled_dot_product_attention(
                 )
                 return output
             if not LIBRARIES:
-                return _pytorch_plain(query, key, value, is_causal, scale, enable_gqa)
-    few = FEWEST_DECODED.get(query.dtype, FEWEST_MULTIPLICATIONS)
-    is_small = key.dim() < 2 or (dropout_p == 0.0 and query.is_cpu and query.numel() * key.shape[-2] < few)
-    if is_small and not LIBRARIES:
-        return _pytorch(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                return _pytorch_in_few_words(query, key, value, None, is_causal, scale, enable_gqa)
     asked = AttentionArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).in_autocasts_dtype
     if reasons := reasons_for_pytorch(asked):
         return hand_over(reasons, asked.by_pytorch)
@@ -101,12 +92,18 @@ def scaled_dot_product_attention(
     return result
 
 
-def _pytorch_plain(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+def _pytorch_in_few_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
     if scale is None and not enable_gqa:  # keywords cost 2 of a tiny call's 6 µs
-        return _pytorch(query, key, value, None, 0.0, is_causal)
-    return _pytorch(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return _pytorch(query, key, value, attn_mask, 0.0, is_causal)
+    return _pytorch(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def attend(

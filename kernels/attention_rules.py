@@ -29,6 +29,7 @@ MOST_DECODED, MOST_DECODED_ROWS = 8, 32
 # (1.9, 2.2), 1.3 (1.9, 2.2); of eight at (1, 12, 256), (1, 12, 1024) and (8, 12, 1024), 1.6, 6.3 and 50 million: 0.87
 # (1.07, 1.20), 1.06 (1.27, 1.30), 1.37 (1.42, 1.45).
 FEWEST_DECODED = {torch.float32: 2**20, torch.bfloat16: 2**19, torch.float16: 2**17}
+SMALLEST_DECODED = min(FEWEST_DECODED.values())
 FEW_DECODED = 4
 # Multiplications for the scores, B·H·T·S·D, below which a call is over sooner in PyTorch. Measured on one thread,
 # PyTorch's time over trilby's, in float32, forward (and with the backward): 0.95 (0.83) at 0.8 million and T = 32,
@@ -48,10 +49,10 @@ FEWEST_TRAINED = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
 # 0.88 1.19 1.15 (1.04 1.01 1.13 1.32); of D = 256,
 # 0.76 to 1.03. One query to 16, 128, 1024 and 8192 keys: 0.82 to 1.10.
 FEWEST_AT_ONCE, FEWEST_AT_ONCE_OF_WIDE, WIDE = 32, 64, 128
-# One query of bfloat16 to 1024 keys is over sooner in PyTorch: 0.83. So are few queries to few keys (up to FEW_KEYS) of
-# one or two heads: 0.77 to 0.89 on AVX2.
+# One query of bfloat16 to 1024 keys is over sooner in PyTorch: 0.83. So are few queries of one or two heads, if it is
+# below so many multiplications: on AVX2 0.77 to 0.89 to few keys (up to FEW_KEYS), 0.74 and 0.77 of one query to 128.
 DECODED_AT_ONCE = (torch.float32, torch.float16)
-FEW_HEADS = 2
+FEW_HEADS, FEWEST_OF_FEW_HEADS = 2, 2**17
 # In PyTorch's place, C++ throughout, no call without a mask is too small, and few queries to few keys are taken, too:
 # the fewest queries to so many keys, and to more. Where a gradient may be wanted one side computes both directions:
 # PyTorch's backward with trilby's logsumexp was seen to err 3 times as much as with its own, at scores of 10^5. So
@@ -158,21 +159,26 @@ def reasons_for_pytorch(call: AttentionCall) -> tuple[str, ...]:
     return _remembered_reasons(call)
 
 
-def is_pytorchs_at_sight(query: Tensor, key: Tensor) -> bool:
-    """Whether a call without mask and dropout is PyTorch's, by what can be asked the soonest: not every such call is.
+def is_pytorchs_at_sight(query: Tensor, key: Tensor, has_mask: bool) -> bool:
+    """Whether a call without dropout is PyTorch's, by what can be asked the soonest: not every such call is.
 
-    Where PyTorch takes 10 µs, asking all that decides was a third of the time of a call that was handed on.
+    Asking all that decides was a third of the time of a call that takes PyTorch 10 µs, and was then handed on.
     """
     of_query, of_key = query.shape, key.shape
     if not query.is_cpu or len(of_query) != 4 or len(of_key) != 4:
         return False
     B, H, T, D = of_query
-    if MOST_DECODED < T < min(FEWEST_QUERIES, FEWEST_AT_ONCE):
-        return True
     S = of_key[2]
-    if query.requires_grad and torch.is_grad_enabled():
-        return T < FEWEST_QUERIES or B * H * T * S * D < FEWEST_MULTIPLICATIONS
-    return T <= MOST_DECODED and B * H <= FEW_HEADS and S <= FEW_KEYS
+    multiplications = B * H * T * S * D
+    trains = query.requires_grad and torch.is_grad_enabled()
+    if T <= MOST_DECODED and not trains:
+        is_known = has_mask or B * H <= FEW_HEADS or D > WIDE or (T > 1 and S > FEW_KEYS)
+        return is_known and multiplications < SMALLEST_DECODED
+    if min(FEWEST_QUERIES, FEWEST_AT_ONCE) > T:
+        return True
+    if has_mask and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return multiplications < FEWEST_MASKED_MULTIPLICATIONS
+    return (has_mask or trains) and multiplications < FEWEST_MULTIPLICATIONS
 
 
 @lru_cache(4096)
@@ -257,8 +263,9 @@ def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
             if fewest > T:
                 yield f"there are {T} queries, fewer than {fewest}"
             return
-        is_at_once = B * H > FEW_HEADS if S <= FEW_KEYS else T == 1 and call.dtypes[0] in DECODED_AT_ONCE
-        if is_at_once and D <= WIDE and MOST_DECODED_ROWS * Hkv >= H * T:
+        is_at_once = S <= FEW_KEYS or (T == 1 and call.dtypes[0] in DECODED_AT_ONCE)
+        is_tiny = B * H <= FEW_HEADS and multiplications < FEWEST_OF_FEW_HEADS
+        if is_at_once and not is_tiny and D <= WIDE and MOST_DECODED_ROWS * Hkv >= H * T:
             return
     if T <= MOST_DECODED and not call.trains:
         rows, fewest = H * T // max(Hkv, 1), fewest_decoded(call.dtypes[0], T)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -76,15 +77,17 @@ def of_pytorchs_operator(call: AttentionCall) -> AttentionCall:
 @pytest.mark.parametrize("heads", [1, 2, 3, 12])
 @pytest.mark.parametrize("keys", [1, 32, 33, 600])
 @pytest.mark.parametrize("queries", [1, 8, 9, 31, 32, 160])
-def test_what_is_pytorchs_at_sight_is_so_by_the_rule(queries, keys, heads, trains):
-    query = torch.zeros(1, heads, queries, 64, requires_grad=trains)
-    key = torch.zeros(1, heads, keys, 64)
-    for dtype in DTYPES:
-        arguments = AttentionArguments(query.to(dtype), key.to(dtype), key.to(dtype))
-        if rules.is_pytorchs_at_sight(query, key):
-            assert reasons_for_pytorch(arguments)
-    if 8 < queries < 32 or (trains and queries < 32):
-        assert rules.is_pytorchs_at_sight(query, key)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_pytorchs_at_sight_is_so_by_the_rule(queries, keys, heads, trains, autocast):
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    for dtype, mask in product(DTYPES, (None, seen)):
+        query = torch.zeros(1, heads, queries, 64, requires_grad=trains, dtype=dtype)
+        key = torch.zeros(1, heads, keys, 64, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            at_sight = rules.is_pytorchs_at_sight(query, key, mask is not None)
+            if at_sight:
+                assert reasons_for_pytorch(AttentionArguments(query, key, key, mask).in_autocasts_dtype)
+        assert at_sight or not (8 < queries < 32 or (trains and queries < 32))
 
 
 @settings(max_examples=60, deadline=None)
