@@ -241,10 +241,10 @@ static void add_all(const AttentionShape& shape, const Group& group, int64_t cou
   in_tiles(group.rows, [&](int64_t r, auto tile) {
     const float* probabilities = work.scores + r * SPLIT;
     constexpr int R = tile.value;
-    if (r == 0) {
+    if (HIDES || r == 0) {  // what hides is compiled once: fetching again what is there costs little
       add_columns<Format, HIDES, true, R>(work.values, count, probabilities, 0, shape.value_dim, partial, r);
     } else {
-      add_columns<Format, HIDES, false, R>(work.values, count, probabilities, 0, shape.value_dim, partial, r);
+      add_columns<Format, false, false, R>(work.values, count, probabilities, 0, shape.value_dim, partial, r);
     }
   });
 }

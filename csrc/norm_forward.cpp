@@ -60,13 +60,16 @@ float variance_of(const Moments& of, float shift, float count) {
   return variance < 0.0f ? 0.0f : variance;
 }
 
+// A variance that is a difference loses a factor of 1 + shift² / variance: up to this share 1.25, a third of a bit.
+constexpr float MOST_LOST = 0.25f;
+
 template <class Format>
 Statistics statistics(const Moments& of, const typename Format::Element* row, const NormShape& shape) {
   const float count = static_cast<float>(shape.width);
   float origin = 0.0f, shift = shape.centered ? of.sum / count : 0.0f, variance = variance_of(of, shift, count);
-  // A variance that is a difference loses a factor of 1 + shift² / variance: up to here 1.25, a third of a bit. One
-  // pass mends that; a second one does where a sum of 65,537 elements of 10⁶ was itself off by more than the deviation.
-  for (int passes = 0; passes < 2 && shift * shift > 0.25f * variance; passes++) {
+  // One pass of deviations mends what a difference lost; a second one does where a sum of 65,537 elements of 10⁶ was
+  // itself off by more than the deviation.
+  for (int passes = 0; passes < 2 && shift * shift > MOST_LOST * variance; passes++) {
     origin += shift;
     const Moments from = moments<Format, true, true>(row, shape.width, origin);
     shift = from.sum / count;
@@ -80,9 +83,66 @@ struct Weights {
   const float *weight, *bias;
 };
 
-// Wide rows side by side (NORM_WIDE_ROW). One by one, fp32 (64, 12288) in the cache took 1.18 times as long.
+// Narrow rows without a branch, LANES at a time: what is computed once a row (two sums across lanes, two divisions, a
+// square root) is computed in a register that holds a row in each lane. What a row comes to does not depend on the
+// others. Measured on AVX2, one thread: fp32 rows of 16, 32, 64, 100 and 256 columns 3.5, 3.1, 2.2, 1.9 and 1.6 times
+// as fast as one by one; of 768, 0.85.
+template <class Format, Stores STORES>
+CALLED void normalize_narrow(const NormForward& call, const Weights& weights, int64_t begin, int64_t end) {
+  using Element = typename Format::Element;
+  const NormShape& shape = call.shape;
+  const int64_t width = shape.width;
+  for (int64_t r = begin; r < end; r += LANES) {
+    const int64_t rows = smaller(LANES, end - r);
+    const Element* from[LANES];
+    Vector sums[LANES], squares[LANES];
+    for (int64_t i = 0; i < LANES; i++) {
+      const Element* row = from[i] = row_at<Format>(call.stream, r + smaller(i, rows - 1));
+      Pair sum = {}, square = {};
+      walk(width, [=, &sum, &square](int64_t column, auto step, int) __attribute__((always_inline)) {
+        const Pair element = load_pair<Format>(row + column, step);
+        sum = sum + element;
+        square = square + element * element;
+      });
+      sums[i] = sum.first + sum.second;
+      squares[i] = square.first + square.second;
+    }
+    const float count = static_cast<float>(width);
+    const Vector sum = horizontal_sums(sums), square = horizontal_sums(squares);
+    const Vector shift = shape.centered ? sum / count : Vector{}, difference = square / count - shift * shift;
+    const Vector variance = difference < 0.0f ? Vector{} : difference;
+    float origin[LANES] = {}, means[LANES], shifts[LANES], rstd[LANES];
+    store(shifts, shift);
+    store(rstd, 1.0f / square_root(variance + shape.eps));
+    for (int64_t i = 0; i < rows; i++) {
+      if (shift[i] * shift[i] > MOST_LOST * variance[i]) {
+        const Statistics exact = statistics<Format>({sum[i], square[i]}, from[i], shape);
+        origin[i] = exact.origin;
+        shifts[i] = exact.shift;
+        rstd[i] = exact.rstd;
+      }
+      means[i] = origin[i] + shifts[i];
+    }
+    if (shape.centered) store_some<Float32>(call.mean + r, load(means), rows);
+    store_some<Float32>(call.rstd + r, load(rstd), rows);
+    for (int64_t i = 0; i < rows; i++) {
+      const Element* row = from[i];
+      Element* normalized = static_cast<Element*>(call.normalized) + (r + i) * width;
+      walk(width, [=, from = origin[i], offset = -shifts[i] * rstd[i], factor = rstd[i]](
+                      int64_t column, auto step, int) __attribute__((always_inline)) {
+        const Pair unit = (load_pair<Format>(row + column, step) - from) * factor + offset;
+        const Pair scaled = unit * load_pair<Float32>(weights.weight + column, step);
+        store_pair<Format, STORES>(normalized + column, scaled + load_pair<Float32>(weights.bias + column, step), step);
+      });
+    }
+  }
+}
+
+// Wide rows side by side (NORM_WIDE_ROW). One by one, fp32 (64, 12288) in the cache took 1.18 times as long. But no
+// rows whose steps are less than a line: streamed in turns, bf16's halves of lines took twice as long on AVX2.
 template <class Format>
-constexpr int FORWARD_ROWS = std::is_same_v<Format, Float16> ? 1 : ROWS_AT_ONCE;
+constexpr int FORWARD_ROWS =
+    PAIR * sizeof(typename Format::Element) < 64 || std::is_same_v<Format, Float16> ? 1 : ROWS_AT_ONCE;
 
 template <class Format, bool BRANCH, Stores STORES>
 class Forward {
@@ -179,6 +239,10 @@ class Forward {
     for (int i = 0; i < ROWS; i++) normalize<1, true>(r + i, of + i);
   }
 
+  static void finished() {
+    if constexpr (STORES == Stores::streamed) finish_streaming();
+  }
+
   template <int ROWS>
   void run(int64_t r, int64_t stop) const {
     if (r == stop) return;
@@ -204,10 +268,16 @@ class Forward {
 
   void run() const {
     constexpr int ROWS = FORWARD_ROWS<Format>;
+    if constexpr (!BRANCH) {
+      if (width <= NORM_NARROW_ROW) {
+        normalize_narrow<Format, STORES>(call, weights, begin, end);
+        return finished();
+      }
+    }
     const int64_t together = ROWS > 1 && width >= NORM_WIDE_ROW ? (end - begin) / ROWS * ROWS : 0;
     if constexpr (ROWS > 1) run<ROWS>(begin, begin + together);
     run<1>(begin + together, end);
-    if constexpr (STORES == Stores::streamed) finish_streaming();
+    finished();
   }
 };
 

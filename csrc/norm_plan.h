@@ -12,6 +12,9 @@ namespace trilby {
 // by side.
 constexpr int64_t NORM_WIDE_ROW = 4096;
 
+// Forward: rows of up to so many columns, as of a norm of each head's queries and keys, are computed LANES at a time.
+constexpr int64_t NORM_NARROW_ROW = 256;
+
 // Backward: rows that share one partial sum of the weight gradients. At 128 rows the partial sums (written and read
 // once: 16 bytes a column) are 1 % of what the rows themselves move (12 bytes an element in fp32), and the pipeline of
 // rows starts anew half as often as at 64: 3 % faster measured at (8192, 768). Fewer rows keep 64 chunks for the
@@ -57,8 +60,5 @@ static inline int64_t norm_forward_workspace(const NormShape& shape) { return 2 
 static inline int64_t norm_backward_workspace(const NormShape& shape) {
   return (1 + 2 * norm_chunks(shape)) * shape.width;
 }
-
-// Results of this size and more are stored past the cache: a store that misses first reads the line it overwrites.
-constexpr int64_t NORM_STREAMED_BYTES = int64_t{4} << 20;
 
 }  // namespace trilby

@@ -49,6 +49,17 @@ static inline Vector lane_numbers() {
 // `a` where it is the larger or a NaN of b would be lost; a NaN in `a` is dropped, as the running maximum wants.
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
+static inline Vector square_root(Vector vector) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_sqrt_ps((__m512)vector);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_sqrt_ps((__m256)vector);
+#else
+  for (int i = 0; i < LANES; i++) vector[i] = __builtin_sqrtf(vector[i]);
+  return vector;
+#endif
+}
+
 static inline float horizontal_sum(Vector vector) {
   float lanes[LANES];
   store(lanes, vector);
@@ -223,7 +234,8 @@ static __attribute__((noinline)) void copy_elements(Element* to, const Element* 
   for (int64_t i = 0; i < count; i++) to[i] = from[i];
 }
 
-// The first `count` elements, 0 <= count <= LANES, the rest 0: nothing past them is read. AVX-512 has masks for that.
+// The first `count` elements, 0 <= count <= LANES, the rest 0: nothing past them is read. AVX-512 has masks for that,
+// and AVX2 for loads of floats.
 template <class Format>
 static inline Vector load_some(const typename Format::Element* from, int64_t count) {
 #if defined(__AVX512BW__)
@@ -231,6 +243,12 @@ static inline Vector load_some(const typename Format::Element* from, int64_t cou
   if constexpr (std::is_same_v<Format, Float32>) return (Vector)_mm512_maskz_loadu_ps(lanes, from);
   if constexpr (sizeof(typename Format::Element) == 2)
     return Format::widened((Halves)_mm256_maskz_loadu_epi16(lanes, from));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<Format, Float32>) {
+    Integers lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return (Vector)_mm256_maskload_ps(from, (__m256i)(lanes < static_cast<int32_t>(count)));
+  }
 #endif
   typename Format::Element elements[LANES] = {};
   if (__builtin_constant_p(count) && count == 1)

@@ -305,15 +305,20 @@ def test_same_bits_for_every_number_of_threads(function: Function, dtype: torch.
 @each_dtype
 @needs_kernels
 @pytest.mark.usefixtures("every_size")
-def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, level: str) -> None:
-    x = torch.randn(700, 768).to(dtype)
-    assert torch.equal(layer_norm(x, (768,))[123:124], layer_norm(x[123:124], (768,)))
+@pytest.mark.parametrize("width", [33, 64, 256, 257, 768])
+def test_a_row_does_not_depend_on_its_batch(width: int, dtype: torch.dtype, level: str) -> None:
+    """Wherever it lies: narrow rows are computed several at a time, and of each pass some are left."""
+    x = torch.randn(300, width).to(dtype)
+    x[121] += 1000.0  # a mean that takes another pass, beside rows that take none
+    normalized = layer_norm(x, (width,))
+    for row in (0, 120, 121, 122, 123, 299):
+        assert torch.equal(normalized[row : row + 1], layer_norm(x[row : row + 1], (width,)))
 
 
 @each_dtype
 @needs_kernels
 def test_streamed_and_stored_results_are_the_same(dtype: torch.dtype, level: str) -> None:
-    rows = 6 * 2**20 // (256 * dtype.itemsize)  # 6 MiB: past the threshold
+    rows = 9 * 2**20 // (256 * dtype.itemsize)  # 9 MiB: past every level's threshold
     x, weight, bias = torch.randn(rows, 256).to(dtype), torch.randn(256).to(dtype), torch.randn(256).to(dtype)
     few = torch.ops.trilby.norm(x[:64], weight, bias, 1, True, 1e-5)
     many = torch.ops.trilby.norm(x, weight, bias, 1, True, 1e-5)
