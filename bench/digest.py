@@ -1,4 +1,4 @@
-"""`python -m trilby.bench.digest`: what a run wrote as JSON, as the README's tables.
+"""`python -m trilby.bench.digest`: what a run wrote as JSON, as the tables of MEASURED.md.
 
 A line for every operation and shape; four columns for both dtypes and both directions, and what has other directions in
 a second table. **Bold** numbers are losses. Nothing is measured here, and no row of the run is left out.
