@@ -16,8 +16,9 @@ def asked_here(questions: Iterable[Question]) -> list[Question]:
     """Of all questions those of half precision, usual heads and long sequences: a full run has time for these."""
     found = []
     for question in questions:
-        _, _, arithmetic, size, q_len = question.place
-        if arithmetic == "half" and size in HEAD_DIMS and q_len > max(HEAD_DIMS):
+        place = question.place
+        is_plain = place.arithmetic == "half" and place.scores == "plain"
+        if is_plain and place.size in HEAD_DIMS and place.q_len > max(HEAD_DIMS):
             found.append(question)
     return found
 
@@ -40,5 +41,5 @@ def advice(
         if best is not None:
             changed = {name: value for name, value in best.numbers.items() if value != question.own[name]}
             words = ", ".join(f"{name} = {value}" for name, value in changed.items())
-            lines.append(f"turn on: {best.table} D {best.size}, {words}: {best.reason}.")
+            lines.append(f"turn on: {best.place.table} D {best.place.size}, {words}: {best.reason}.")
     return lines or [f"launch choices: the tables' own are the best of those asked in {len(asked)} questions."]

@@ -83,9 +83,10 @@ def tune(asked: Sequence[Question], measure: Measure, device_name: str, output: 
     found: list[Measured] = []
     for number, question in enumerate(asked, 1):
         best = answer(question, measure, device_name)
-        table, _, arithmetic, size, _ = question.place
+        place = question.place
         said = f"{best.numbers}: {best.reason}" if best else f"the table's own: {dict(question.own)}"
-        print(f"{number}/{len(asked)} {table} {arithmetic} {size}: {said}", flush=True)
+        rich = " rich" if place.scores == "rich" else ""
+        print(f"{number}/{len(asked)} {place.table}{rich} {place.arithmetic} {place.size}: {said}", flush=True)
         found += [best] if best else []
         write(output, device_name, found)
     print(f"{len(found)} of {len(asked)} rows are better otherwise here. To launch so: export {VARIABLE}={output}")

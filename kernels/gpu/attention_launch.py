@@ -492,13 +492,13 @@ FEWEST_SPLIT_KEYS = 256
 BACKWARD_ROWS = RowTiles(32, 8)
 
 
-TABLES = {"forward": FORWARD, "key_value": BACKWARD_KEY_VALUE, "query": BACKWARD_QUERY}
+TABLES = {"forward": FORWARD, "decode": DECODE, "key_value": BACKWARD_KEY_VALUE, "query": BACKWARD_QUERY}
 
 
 def place_of(table: tuple[Row, ...], target: Target, row: Row) -> Place:
     """By what a row is known to `measured.py`."""
     name = next(name for name, each in TABLES.items() if each is table)
-    return name, target.name, row.arithmetic, row.head_dim, row.q_len
+    return Place(name, target.name, row.arithmetic, row.head_dim, row.q_len, row.scores)
 
 
 def attention_forward_tiles(
@@ -555,7 +555,7 @@ def _first(
     row = _first_row(table, target, arithmetic, head_dim, q_len, is_plain)
     if row is None:
         raise LookupError(f"no row for {target.name}, {arithmetic}, head dimension {head_dim}")
-    numbers = measured_numbers(place_of(table, target, row)) if row.scores == "plain" else None
+    numbers = measured_numbers(place_of(table, target, row))
     return row.tiles if numbers is None else replace(row.tiles, **dict[str, Any](numbers))
 
 

@@ -12,18 +12,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 VARIABLE = "TRILBY_LAUNCH_TABLE"
-SCHEMA = 1
-
-Place = tuple[str, str, str, int, int]
+SCHEMA = 2
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was found best in place of one row of a table, for one target.
+class Place(NamedTuple):
+    """One row of a table, for one target.
 
     Attributes:
         table: Name of the table.
@@ -31,8 +29,7 @@ class Measured:
         arithmetic: Of the row; "" where the table has none.
         size: The row's head dimension or width.
         q_len: The row's longest query; 0 where the table has none.
-        numbers: The row's launch parameters, by name.
-        reason: What was measured.
+        scores: Of the row; "" where the table has none.
     """
 
     table: str
@@ -40,13 +37,22 @@ class Measured:
     arithmetic: str
     size: int
     q_len: int
+    scores: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found best in place of one row.
+
+    Attributes:
+        place: The row.
+        numbers: Its launch parameters, by name.
+        reason: What was measured.
+    """
+
+    place: Place
     numbers: Mapping[str, int]
     reason: str
-
-    @property
-    def place(self) -> Place:
-        """What it stands in place of."""
-        return self.table, self.target, self.arithmetic, self.size, self.q_len
 
 
 _trial: ContextVar[Measured | None] = ContextVar("_trial", default=None)
@@ -91,7 +97,7 @@ def read(path: Path) -> list[Measured]:
         content = json.loads(path.read_text())
         if content["schema"] != SCHEMA:
             raise ValueError(f"its schema is {content['schema']}, and {SCHEMA} is read")
-        return [Measured(**row) for row in content["rows"]]
+        return [Measured(Place(**row["place"]), row["numbers"], row["reason"]) for row in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{VARIABLE} names {path}, which is no table that `python -m trilby.kernels.gpu tune` wrote: {error}"
@@ -101,5 +107,6 @@ def read(path: Path) -> list[Measured]:
 def write(path: Path, device: str, rows: list[Measured]) -> None:
     """Write what was measured on `device`; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "device": device, "rows": [asdict(row) for row in rows]}
+    found = [{"place": row.place._asdict(), "numbers": dict(row.numbers), "reason": row.reason} for row in rows]
+    content = {"schema": SCHEMA, "device": device, "rows": found}
     path.write_text(json.dumps(content, indent=1) + "\n")

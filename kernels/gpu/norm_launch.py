@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .measured import measured_numbers
+from .measured import Place, measured_numbers
 from .targets import Device
 
 
@@ -108,7 +108,7 @@ def _norm_tiles(name: str, table: tuple[NormRow, ...], warps: int, device: Devic
             break
     else:
         row, block_n = WIDE, WIDE.width
-    numbers = None if row is WIDE else measured_numbers((name, device.target.name, "", row.width, 0))
+    numbers = None if row is WIDE else measured_numbers(Place(name, device.target.name, "", row.width, 0, ""))
     warps_of_32 = device.target.warp_size // 32
     num_warps = max(row.num_warps // warps_of_32, 1) if numbers is None else numbers["num_warps"]
     return NormTiles(block_n, num_warps, device.processors * max(warps // (num_warps * warps_of_32), 1))

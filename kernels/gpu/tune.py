@@ -18,7 +18,7 @@ from triton import CompilationError
 from triton.runtime.errors import TritonError
 
 from ..options import AttentionOptions
-from .attention_launch import TABLES, Row, place_of
+from .attention_launch import MOST_DECODED_QUERIES, TABLES, Row, place_of
 from .measured import Measured, Place, trying
 from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
 from .targets import Device
@@ -27,6 +27,7 @@ from .targets import Device
 LEAST_GAIN = 1.03
 # Enough work to fill any GPU for a tenth of a millisecond.
 TOKENS, ROWS, HEADS_WIDTH, LONGEST = 16384, 8192, 2048, 4096
+HEADS_TOO_MANY_TO_DECODE = 8  # that share a key head: 8 of 16 queries are more rows than any decoding tile has
 
 Numbers = Mapping[str, int]
 Measure = Callable[[Callable[[], object]], float]
@@ -50,8 +51,7 @@ class Question:
 
     def trial(self, numbers: Numbers, reason: str = "") -> Measured:
         """`numbers` in the row's place."""
-        table, target, arithmetic, size, q_len = self.place
-        return Measured(table, target, arithmetic, size, q_len, numbers, reason)
+        return Measured(self.place, numbers, reason)
 
 
 def questions(
@@ -60,10 +60,10 @@ def questions(
     candidates: Callable[[Row], tuple[Numbers, ...]] | None = None,
     torch_device: str = "cuda",
 ) -> Iterator[Question]:
-    """One for each row that serves `device`, of the tables named in `only`, or of all, but for TF32 or rich scores."""
+    """One for each row that serves `device`, of the tables named in `only`, or of all, but for TF32."""
     for name, table in TABLES.items():
         for row in table:
-            is_asked = row.arithmetic != "tf32" and row.scores == "plain" and (not only or name in only)
+            is_asked = row.arithmetic != "tf32" and (not only or name in only)
             if device.target.name in row.targets and is_asked:
                 yield Question(
                     place_of(table, device.target, row),
@@ -71,7 +71,7 @@ def questions(
                     tuple(
                         numbers
                         for numbers in (candidates or attention_candidates)(row)
-                        if not numbers.get("descriptors") or (name == "forward" and device.target.has_descriptors)
+                        if _is_choice(name, device, row, numbers)
                     ),
                     partial(_attention_call, name, row, torch_device),
                 )
@@ -83,11 +83,20 @@ def questions(
             if not only or name in only:
                 own = tiles(device, norm_row.width).num_warps
                 yield Question(
-                    (name, device.target.name, "", norm_row.width, 0),
+                    Place(name, device.target.name, "", norm_row.width, 0, ""),
                     {"num_warps": own},
                     tuple({"num_warps": warps} for warps in (1, 2, 4, 8, 16) if warps != own),
                     partial(_norm_call, name, norm_row.width, torch_device),
                 )
+
+
+def _is_choice(table: str, device: Device, row: Row, numbers: Numbers) -> bool:
+    """Whether a table's kernel knows what is turned on: descriptors are for plain scores, decoding has no switch."""
+    own = asdict(row.tiles)
+    if table == "decode" and any(numbers[name] != value for name, value in own.items() if isinstance(value, bool)):
+        return False
+    has_descriptors = table == "forward" and row.scores == "plain" and device.target.has_descriptors
+    return has_descriptors or not numbers.get("descriptors")
 
 
 def attention_choices(row: Row) -> tuple[Numbers, ...]:
@@ -146,14 +155,19 @@ def _words(numbers: Numbers) -> str:
 
 
 def _attention_call(table: str, row: Row, torch_device: str) -> Callable[[], object]:
-    T = min(row.q_len, LONGEST)
+    """A call that the row serves. Of a decoding row's queries each is a head; a forward's few have too many heads."""
+    T = 1 if table == "decode" else min(row.q_len, LONGEST)
+    group = row.q_len if table == "decode" else HEADS_TOO_MANY_TO_DECODE if row.q_len <= MOST_DECODED_QUERIES else 1
     B, H = TOKENS // LONGEST, max(HEADS_WIDTH // row.head_dim, 1)
     dtype = torch.bfloat16 if row.arithmetic == "half" else torch.float32
-    query, grad_output = (_heads(B, H, T, row.head_dim, dtype, torch_device) for _ in range(2))
+    query, grad_output = (_heads(B, H * group, T, row.head_dim, dtype, torch_device) for _ in range(2))
     key, value = (_heads(B, H, LONGEST, row.head_dim, dtype, torch_device) for _ in range(2))
-    options = AttentionOptions.plain(True, 1 / math.sqrt(row.head_dim))
+    options = AttentionOptions.plain(T > 1, 1 / math.sqrt(row.head_dim))
+    if row.scores == "rich":
+        seed = torch.zeros(1, dtype=torch.int64, device=torch_device)
+        options = options._replace(seed=seed, dropout_p=0.1)
     forward, backward = torch.ops.trilby.attention, torch.ops.trilby.attention_backward
-    if table == "forward":
+    if table in ("forward", "decode"):
         return lambda: forward(query, key, value, *options)
     output, logsumexp = forward(query, key, value, *options)
     return lambda: backward(grad_output, query, key, value, output, logsumexp, *options)

@@ -7,15 +7,17 @@ import pytest
 pytest.importorskip("triton", reason="there is nothing to launch without triton")
 
 from trilby.bench.advice import HEAD_DIMS, advice, asked_here
+from trilby.kernels.gpu.measured import Place
 from trilby.kernels.gpu.targets import TARGETS, Device
 from trilby.kernels.gpu.tune import Question, attention_choices, questions
 
 HOPPER = Device(TARGETS["sm_90"], 132)
+PLACE = Place("forward", "sm_90", "half", 128, 2**31, "plain")
 
 
-def asked_for(*numbers, place=("forward", "sm_90", "half", 128, 2**31)):
+def asked_for(*numbers):
     own = {"block_m": 128, "num_stages": 3}
-    return Question(place, own, tuple({**own, **each} for each in numbers), lambda: lambda: None)
+    return Question(PLACE, own, tuple({**own, **each} for each in numbers), lambda: lambda: None)
 
 
 def taking(*seconds):
@@ -43,7 +45,7 @@ def test_what_no_time_is_left_for_is_counted():
 
 def test_usual_heads_in_half_precision_are_asked_for():
     asked = asked_here(questions(HOPPER, ("forward", "key_value", "query"), attention_choices))
-    assert {question.place[0] for question in asked} == {"forward", "key_value", "query"}
-    assert {question.place[3] for question in asked} <= set(HEAD_DIMS)
+    assert {question.place.table for question in asked} == {"forward", "key_value", "query"}
+    assert {question.place.size for question in asked} <= set(HEAD_DIMS)
     assert all(question.candidates for question in asked)
     assert len(asked) * 5 * 5 < 300  # questions, launches each, seconds to compile one

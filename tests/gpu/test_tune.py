@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trilby.kernels.gpu import __main__ as command
-from trilby.kernels.gpu import measured, tune
-from trilby.kernels.gpu.attention_launch import FORWARD, TABLES, attention_forward_tiles, place_of
-from trilby.kernels.gpu.measured import VARIABLE, Measured, measured_numbers, read, trying, write
+from trilby.kernels.gpu import attention_launch, measured, tune
+from trilby.kernels.gpu.attention import attention_tiles
+from trilby.kernels.gpu.attention_inputs import AttentionInputs
+from trilby.kernels.gpu.attention_launch import (
+    FORWARD,
+    TABLES,
+    attention_backward_tiles,
+    attention_forward_tiles,
+    place_of,
+)
+from trilby.kernels.gpu.measured import VARIABLE, Measured, Place, measured_numbers, read, trying, write
 from trilby.kernels.gpu.norm_launch import norm_backward_tiles, norm_forward_tiles
 from trilby.kernels.gpu.targets import TARGETS, Device
 from trilby.kernels.gpu.tune import Question, answer, attention_candidates, attention_choices, questions
+from trilby.kernels.options import AttentionOptions
 
 SM_90 = TARGETS["sm_90"]
 HOPPER = Device(SM_90, 132)
@@ -102,7 +111,8 @@ def test_what_is_written_is_chosen_where_the_variable_names_it_and_nowhere_else(
 
 def test_norms_are_launched_with_the_warps_that_were_measured(tmp_path, monkeypatch):
     path = tmp_path / "launch.json"
-    rows = [Measured(name, "sm_90", "", 1024, 0, {"num_warps": 8}, "") for name in ("norm_forward", "norm_backward")]
+    places = (Place(name, "sm_90", "", 1024, 0, "") for name in ("norm_forward", "norm_backward"))
+    rows = [Measured(place, {"num_warps": 8}, "") for place in places]
     write(path, "a GPU", rows)
     before = norm_forward_tiles(HOPPER, 2048)
     monkeypatch.setenv(VARIABLE, str(path))
@@ -126,15 +136,15 @@ def test_a_file_that_is_none_is_an_error_that_names_it(content, tmp_path, monkey
 def test_every_row_that_serves_a_gpu_is_one_question_with_candidates_of_its_own_size():
     asked = list(questions(HOPPER))
     served = [row for table in TABLES.values() for row in table if "sm_90" in row.targets]
-    rows = [row for row in served if row.arithmetic != "tf32" and row.scores == "plain"]
+    rows = [row for row in served if row.arithmetic != "tf32"]
     assert len({question.place for question in asked}) == len(asked)
-    assert len([question for question in asked if question.place[2]]) == len(rows)
-    assert {question.place[0] for question in asked} == {*TABLES, "norm_forward", "norm_backward"}
+    assert len([question for question in asked if question.place.arithmetic]) == len(rows)
+    assert {question.place.table for question in asked} == {*TABLES, "norm_forward", "norm_backward"}
     for question in asked:
         assert question.candidates
         assert question.own not in question.candidates
         assert measured_numbers(question.place) is None
-    assert {question.place[0] for question in questions(HOPPER, ["query"])} == {"query"}
+    assert {question.place.table for question in questions(HOPPER, ["query"])} == {"query"}
 
 
 def test_candidates_are_of_the_rows_own_size_or_twice_or_half_of_it():
@@ -152,7 +162,7 @@ def test_choices_keep_the_tile():
 @pytest.mark.parametrize(("target", "tables"), [("sm_80", set()), ("sm_90", {"forward"})])
 def test_descriptors_are_a_choice_of_the_forward_where_a_target_has_them(target, tables):
     asked = questions(Device(TARGETS[target], 1), candidates=attention_choices)
-    offered = {one.place[0] for one in asked if any(each.get("descriptors") for each in one.candidates)}
+    offered = {one.place.table for one in asked if any(each.get("descriptors") for each in one.candidates)}
     assert offered == tables
 
 
@@ -179,7 +189,7 @@ def test_without_a_gpu_the_command_says_so():
 
 
 class Recorder(TorchDispatchMode):
-    """Notes trilby's operators and the shape of their first argument."""
+    """Notes trilby's operators and their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -187,19 +197,41 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function.namespace == "trilby":
-            self.calls.append((function.__name__.partition(".")[0], tuple(arguments[0].shape)))
+            self.calls.append((function.__name__.partition(".")[0], arguments))
         return function(*arguments, **(options or {}))
 
 
 def test_what_is_measured_is_the_operator_that_the_table_is_about():
-    operators = {"forward": "attention", "norm_forward": "norm", "norm_backward": "norm_backward"}
+    operators = {"norm_forward": "norm", "norm_backward": "norm_backward"}
+    operators |= {"forward": "attention", "decode": "attention"}
     for question in questions(HOPPER, torch_device="meta"):
-        table, _, _, size, q_len = question.place
+        table, _, _, size, q_len, _ = question.place
         call = question.run()
         with Recorder() as recorder:
             call()
-        ((name, shape),) = recorder.calls
+        ((name, arguments),) = recorder.calls
+        shape = arguments[0].shape
         assert name == operators.get(table, "attention_backward")
         assert shape[-1] == size
         if table == "forward":
             assert shape[2] == min(q_len, tune.LONGEST)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_call_that_is_measured_is_served_by_the_row_that_is_asked_about(target, monkeypatch):
+    asked_for = []
+    monkeypatch.setattr(attention_launch, "measured_numbers", lambda place: asked_for.append(place))
+    asked = list(questions(Device(target, 132), tuple(TABLES), torch_device="meta"))
+    assert {question.place.scores for question in asked} == {"plain", "rich", "any"}
+    for question in asked:
+        call = question.run()
+        with Recorder() as recorder:
+            call()
+        ((name, arguments),) = recorder.calls
+        asked_for.clear()
+        if name == "attention":
+            attention_tiles(target, AttentionInputs(*arguments[:3], AttentionOptions(*arguments[3:])))
+        else:
+            inputs = AttentionInputs(*arguments[1:4], AttentionOptions(*arguments[6:]))
+            attention_backward_tiles(target, "ieee", inputs.query.dtype, inputs.head_dim, inputs.is_plain)
+        assert question.place in asked_for
