@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from trilby import kernels
 
 from .config import GPTConfig, Precision, parameter_count
 
@@ -26,8 +27,13 @@ class Ceiling:
 
 
 def measure_ceiling(config: GPTConfig, precision: Precision, device: torch.device) -> Ceiling:
-    """Time products of large matrices, in what the training computes in: float32's, too, since widening is free."""
-    dtypes = {torch.float32} if precision == "float32" else {torch.float32, torch.bfloat16}
+    """Time products of large matrices, in what the training computes in: float32's, too, since widening is free.
+
+    Where bfloat16 is slow the training multiplies in float32, and one product of bfloat16 would take seconds.
+    """
+    dtypes = {torch.float32}
+    if precision == "bfloat16" and not (device.type == "cpu" and kernels.BFLOAT16_IS_SLOW):
+        dtypes.add(torch.bfloat16)
     return Ceiling(training_flops(config, 1) / config.block_size, max(_product_rate(dtype, device) for dtype in dtypes))
 
 
