@@ -10,6 +10,7 @@ import torch
 
 from .native import REBUILD
 from .ops import NATIVE, OPERATORS, reasons_against_gpu
+from .wide_product import BFLOAT16_IS_SLOW
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def _lines() -> Iterator[str]:
             yield f"Not amx, for attention in bfloat16: {NATIVE.why_not_amx}"
     else:
         yield f"C++ extension: none, {NATIVE.reason}"
+    if BFLOAT16_IS_SLOW:
+        yield "Many rows of bfloat16 in trilby's linear: multiplied in float32, which this processor does faster"
     yield ""
     name_width = max(len(service.operator) for service in found)
     server_width = max(len(service.served_by) for service in found)
