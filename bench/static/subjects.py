@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from trilby.kernels import gpu
-from trilby.kernels.gpu.attention_launch import AttentionTiles, attention_forward_by_descriptor_tiles
+from trilby.kernels.gpu.attention_launch import attention_forward_by_descriptor_tiles
+from trilby.kernels.gpu.attention_tiles import AttentionTiles
 from trilby.kernels.gpu.targets import TARGETS
 from trilby.kernels.options import AttentionOptions
 

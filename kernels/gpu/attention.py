@@ -16,12 +16,11 @@ from .attention_decode import attention_decode_calls
 from .attention_forward import attention_forward_call
 from .attention_inputs import AttentionInputs
 from .attention_launch import (
-    AttentionTiles,
-    DecodeTiles,
     attention_backward_tiles,
     attention_decode_tiles,
     attention_forward_tiles,
 )
+from .attention_tiles import AttentionTiles, DecodeTiles
 from .targets import Target, device_of
 
 

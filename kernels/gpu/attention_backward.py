@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from .attention_inputs import AttentionInputs
-from .attention_launch import AttentionTiles, RowTiles
 from .attention_score import Rule, Scoring, probabilities_of, score, where_seen
+from .attention_tiles import AttentionTiles, RowTiles
 from .call import Call, addresses, alignment_of, heads, padded
 from .tile import Heads, head_of, load_tokens
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .attention_backward import BackwardInputs, gradient_of_scores
-from .attention_launch import AttentionTiles
 from .attention_score import Band, Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequence, Sequences, query_stages, sequence_of, sequence_of_slot
+from .attention_tiles import AttentionTiles
 from .call import Call
 from .dropout import is_kept
 from .tile import Head, Heads, head_of, load_tokens, stride_of, token_pointers

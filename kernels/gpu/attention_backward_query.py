@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .attention_backward import BackwardInputs, gradient_of_scores
-from .attention_launch import AttentionTiles
 from .attention_score import GUARD_BLOCK, Rule, Scoring, band_of, has_nan, hides, scoring_of, signed, weigh
 from .attention_sequence import Sequences, Stages, key_stages, sequence_of
+from .attention_tiles import AttentionTiles
 from .call import Call
 from .dropout import is_kept
 from .tile import Head, Heads, head_of, load_tokens, token_pointers

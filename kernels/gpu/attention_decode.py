@@ -13,9 +13,10 @@ import triton.language as tl
 
 from .attention_forward import Rows, attend_to_all
 from .attention_inputs import AttentionInputs
-from .attention_launch import MOST_SPLITS, DecodeTiles
+from .attention_launch import MOST_SPLITS
 from .attention_score import Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequences, sequence_of, tokens_of
+from .attention_tiles import DecodeTiles
 from .call import Call, addresses, padded
 from .tile import Heads, load_tile, stride_of, token_pointers
 

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from .attention_inputs import AttentionInputs
-from .attention_launch import AttentionTiles
 from .attention_score import (
     GUARD_BLOCK,
     Rule,
@@ -29,6 +28,7 @@ from .attention_score import (
     weigh,
 )
 from .attention_sequence import Sequences, Stages, Tokens, key_stages, load_keys, sequence_of, tokens_of
+from .attention_tiles import AttentionTiles
 from .call import Call, addresses
 from .dropout import is_kept
 from .tile import Heads, head_of, load_tokens, token_pointers

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..options import AttentionOptions
-from .attention_launch import AttentionTiles
 from .attention_score import Rule, Slopes
 from .attention_sequence import Pages, Sequences
+from .attention_tiles import AttentionTiles
 from .call import alignment_of, heads, padded, unspecialized
 
 # Windows reach no farther: positions and windows then add up in 32 bits.

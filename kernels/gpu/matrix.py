@@ -18,17 +18,9 @@ from .attention_backward_query import attention_backward_query_call
 from .attention_decode import attention_decode_calls
 from .attention_forward import attention_forward_call
 from .attention_inputs import AttentionInputs
-from .attention_launch import (
-    BACKWARD_KEY_VALUE,
-    BACKWARD_QUERY,
-    BACKWARD_ROWS,
-    DECODE,
-    FORWARD,
-    FORWARD_BY_DESCRIPTOR,
-    AttentionTiles,
-    DecodeTiles,
-    Row,
-)
+from .attention_launch_backward import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS
+from .attention_launch_forward import DECODE, FORWARD, FORWARD_BY_DESCRIPTOR
+from .attention_tiles import AttentionTiles, DecodeTiles, Row
 from .call import Call
 from .compile import Compilation
 from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls

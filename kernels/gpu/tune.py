@@ -18,7 +18,8 @@ from triton import CompilationError
 from triton.runtime.errors import TritonError
 
 from ..options import AttentionOptions
-from .attention_launch import MOST_DECODED_QUERIES, TABLES, Row, place_of
+from .attention_launch import MOST_DECODED_QUERIES, TABLES, place_of
+from .attention_tiles import Row
 from .measured import Measured, Place, trying
 from .norm_launch import NORM_BACKWARD, NORM_FORWARD, norm_backward_tiles, norm_forward_tiles
 from .targets import Device

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_as_exact_as
 from trilby.kernels import reference
-from trilby.kernels.gpu.attention_launch import AttentionTiles
+from trilby.kernels.gpu.attention_tiles import AttentionTiles
 
 SMALL = AttentionTiles(block_m=32, block_n=16, num_warps=4, num_stages=1)
 WIDE = AttentionTiles(block_m=16, block_n=32, num_warps=4, num_stages=1)

@@ -15,7 +15,7 @@ from attention_features import FEATURES, Call, Judged, seen_pairs
 from tolerance import assert_as_exact_as
 from torch import Tensor
 from trilby.kernels import reference
-from trilby.kernels.gpu.attention_launch import AttentionTiles, DecodeTiles
+from trilby.kernels.gpu.attention_tiles import AttentionTiles, DecodeTiles
 from trilby.kernels.options import AttentionOptions
 
 TILES = AttentionTiles(block_m=32, block_n=32, num_warps=4, num_stages=1)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from trilby.kernels.gpu.attention_forward import by_descriptor, key_addresses
-from trilby.kernels.gpu.attention_launch import FORWARD_BY_DESCRIPTOR, AttentionTiles
+from trilby.kernels.gpu.attention_launch_forward import FORWARD_BY_DESCRIPTOR
+from trilby.kernels.gpu.attention_tiles import AttentionTiles
 from trilby.kernels.gpu.call import addresses
 from trilby.kernels.gpu.compile import compile_call
 from trilby.kernels.gpu.matrix import AttentionShape, attention_cases, cases, norm_cases
