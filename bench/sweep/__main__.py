@@ -8,7 +8,7 @@ leaves the call to PyTorch: what the rule's limits should be.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from trilby.kernels import explain, keep_memory
 
 from ..measure import Budget, HostTimer, interleaved, paired_ratios, quantile
 from . import attention, norm
+from .direction import Run
 
 LOST = 0.95  # PyTorch's time over ours, below which a cell is lost
 BUDGETS = (Budget(seconds=0.01, most_rounds=9, sample_seconds=3e-4), Budget(0.1, 11, 41, 1e-3))
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Cell(Protocol):
     """A call, whose text says which."""
 
-    def sides(self, by_kernel: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    def sides(self, by_kernel: bool) -> tuple[Run, Run]:
         """PyTorch's call and ours."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from trilby.kernels import attend, scaled_dot_product_attention
 
 from ..cases import DIRECTIONS, Direction
+from .direction import Run, runs
 
 MOST_MULTIPLICATIONS = 2**30  # of the scores of a cell: a tenth of a second in PyTorch
 KINDS = ("causal", "full", "padding", "documents", "added", "grouped", "views", "dropout")
@@ -37,19 +38,17 @@ class AttentionCell:
     def __str__(self) -> str:
         return f"{self.kind:9} {self.B}x{self.H}x{self.T}x{self.S}x{self.D} {self.dtype} {self.direction}"
 
-    def sides(self, by_kernel: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    def sides(self, by_kernel: bool) -> tuple[Run, Run]:
         """PyTorch's call and ours."""
         inputs, options = self._inputs()
         ours: Callable[..., Any] = partial(scaled_dot_product_attention, **options)
         if by_kernel:
             ours = partial(attend, lower_right=False, **{k: v for k, v in options.items() if k != "enable_gqa"})
         calls = partial(F.scaled_dot_product_attention, **options), ours
-        if self.direction == "forward":
-            pytorchs, own = (partial(_forward, call, inputs) for call in calls)
-        else:
+        grad_output = None
+        if self.direction != "forward":
             grad_output = torch.randn(self.B, self.T, self.H, self.D, dtype=inputs[0].dtype).transpose(1, 2)
-            pytorchs, own = (partial(_forward_and_backward, call, inputs, grad_output) for call in calls)
-        return pytorchs, own
+        return runs(calls, inputs, grad_output)
 
     def _inputs(self) -> tuple[list[Tensor], dict[str, Any]]:
         B, H, T, S, D, dtype = self.B, self.H, self.T, self.S, self.D, getattr(torch, self.dtype)
@@ -73,14 +72,6 @@ class AttentionCell:
         return [tensor.requires_grad_(self.direction != "forward") for tensor in (query, key, value)], options[
             self.kind
         ]
-
-
-def _forward(call: Callable[..., Any], inputs: Sequence[Tensor]) -> object:
-    return call(*inputs)
-
-
-def _forward_and_backward(call: Callable[..., Any], inputs: Sequence[Tensor], grad_output: Tensor) -> object:
-    return torch.autograd.grad(call(*inputs), inputs, grad_output)
 
 
 def attention_cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[AttentionCell]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from trilby.kernels import layer_norm, rms_norm
 
 from ..cases import DIRECTIONS, Direction
+from .direction import Run, runs
 
 MOST_ELEMENTS = 2**26
 KINDS = ("layer_norm", "rms_norm")
@@ -31,17 +31,14 @@ class NormCell:
     def __str__(self) -> str:
         return f"{self.kind:10} {self.N}x{self.C} {self.dtype} {self.direction}"
 
-    def sides(self, by_kernel: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    def sides(self, by_kernel: bool) -> tuple[Run, Run]:
         """PyTorch's call and ours."""
         stream, grad_output = torch.randn(2, self.N, self.C, dtype=getattr(torch, self.dtype)).unbind()
         weight, bias = torch.randn(2, self.C, dtype=stream.dtype).unbind()
         parameters = [weight, bias] if self.kind == "layer_norm" else [weight]
         inputs = [tensor.detach().requires_grad_(self.direction != "forward") for tensor in (stream, *parameters)]
-        norms = (_pytorchs(self.kind), _trilbys(self.kind, by_kernel))
-        if self.direction == "forward":
-            return partial(norms[0], *inputs), partial(norms[1], *inputs)
-        pytorch, trilby = (partial(_forward_and_backward, norm, inputs, grad_output) for norm in norms)
-        return pytorch, trilby
+        norms = _pytorchs(self.kind), _trilbys(self.kind, by_kernel)
+        return runs(norms, inputs, None if self.direction == "forward" else grad_output)
 
 
 def _pytorchs(kind: str) -> Callable[..., Tensor]:
@@ -56,10 +53,6 @@ def _trilbys(kind: str, by_kernel: bool) -> Callable[..., Tensor]:
         return lambda stream, weight, bias=None: torch.ops.trilby.norm(stream, weight, bias, 1, is_centered, eps)[0]
     function: Callable[..., Tensor] = layer_norm if is_centered else rms_norm
     return lambda stream, *parameters: function(stream, stream.shape[-1:], *parameters)
-
-
-def _forward_and_backward(norm: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> object:
-    return torch.autograd.grad(norm(*inputs), inputs, grad_output)
 
 
 def norm_cells(kinds: Sequence[str], dtypes: Sequence[str]) -> Iterator[NormCell]:
