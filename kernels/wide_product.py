@@ -17,8 +17,6 @@ from .shortcut import reasons_of_context
 
 # Rows from which on widening weights that are bfloat16 themselves, 6 bytes moved for each, is worth its while.
 FEWEST_ROWS = 16
-
-
 # Whether this processor multiplies float32 faster than bfloat16.
 BFLOAT16_IS_SLOW = platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
 
@@ -36,15 +34,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_widened(input: Tensor, weight: Tensor) -> bool:
-    if not (BFLOAT16_IS_SLOW and input.is_cpu and weight.is_cpu and input.dim() > 1 and weight.dim() == 2):
-        return False
-    if not torch.compiler.is_compiling() and reasons_of_context():
+    if not BFLOAT16_IS_SLOW:
         return False
     if torch.is_autocast_enabled("cpu"):
         dtypes = (torch.float32, torch.bfloat16)
         if torch.get_autocast_dtype("cpu") != torch.bfloat16 or input.dtype not in dtypes or weight.dtype not in dtypes:
             return False
     elif not input.dtype == weight.dtype == torch.bfloat16:
+        return False
+    if not (input.is_cpu and weight.is_cpu and input.dim() > 1 and weight.dim() == 2):
+        return False
+    if not torch.compiler.is_compiling() and reasons_of_context():
         return False
     return weight.dtype == torch.float32 or input.shape[:-1].numel() >= FEWEST_ROWS
 
