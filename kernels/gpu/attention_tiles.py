@@ -61,7 +61,7 @@ class Row:
         reason: Why these.
         q_len: The longest query it serves.
         scores: "plain" products, "rich" ones, which masks, slopes, softcap or dropout change, or "any".
-        spills: The compiler runs out of registers: right, but slower than a row that did not would be.
+        spills: Targets where the compiler runs out of registers: right, but slower than a row that did not would be.
     """
 
     targets: tuple[str, ...]
@@ -71,7 +71,7 @@ class Row:
     reason: str
     q_len: int = 2**31
     scores: str = "plain"
-    spills: bool = False
+    spills: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def attention_cases(target: Target) -> Iterator[Case]:
                 call = getattr(shape, kernel)(row.tiles)
                 name = f"attention {kernel} {shape} {row.tiles.block_m}x{row.tiles.block_n}"
                 least = least_wide_share(target, kernel, feature)
-                yield Case(name, target, call, row.arithmetic != "ieee", row.spills, least)
+                yield Case(name, target, call, row.arithmetic != "ieee", target.name in row.spills, least)
     yield from _cases_by_descriptor(target)
     shape = AttentionShape(torch.bfloat16, 128)
     yield Case(f"attention rows {shape}", target, shape.rows())
@@ -220,7 +220,8 @@ def _cases_by_descriptor(target: Target) -> Iterator[Case]:
             for feature in PLAIN if target.name in row.targets else ():
                 shape = AttentionShape(dtype, row.head_dim, feature=feature)
                 name = f"attention forward by descriptor {shape} {row.tiles.block_m}x{row.tiles.block_n}"
-                yield Case(name, target, shape.forward(row.tiles), True, row.spills, 0.0, least_descriptor_loads=4)
+                call, may_spill = shape.forward(row.tiles), target.name in row.spills
+                yield Case(name, target, call, True, may_spill, 0.0, least_descriptor_loads=4)
 
 
 def least_wide_share(target: Target, kernel: str, feature: str) -> float:

@@ -157,8 +157,11 @@ def _words(numbers: Numbers) -> str:
 
 def _attention_call(table: str, row: Row, torch_device: str) -> Callable[[], object]:
     """A call that the row serves. Of a decoding row's queries each is a head; a forward's few have too many heads."""
-    T = 1 if table == "decode" else min(row.q_len, LONGEST)
-    group = row.q_len if table == "decode" else HEADS_TOO_MANY_TO_DECODE if row.q_len <= MOST_DECODED_QUERIES else 1
+    T, group = min(row.q_len, LONGEST), 1
+    if table == "decode":
+        T, group = 1, row.q_len
+    elif row.q_len <= MOST_DECODED_QUERIES:
+        group = HEADS_TOO_MANY_TO_DECODE
     B, H = TOKENS // LONGEST, max(HEADS_WIDTH // row.head_dim, 1)
     dtype = torch.bfloat16 if row.arithmetic == "half" else torch.float32
     query, grad_output = (_heads(B, H * group, T, row.head_dim, dtype, torch_device) for _ in range(2))
