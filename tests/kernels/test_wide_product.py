@@ -17,11 +17,11 @@ def slow(monkeypatch) -> None:
     monkeypatch.setattr(wide_product, "BFLOAT16_IS_SLOW", True)
 
 
-def draw(*sizes: int, weight: torch.dtype, input: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def draw(*sizes: int, weight: torch.dtype, input: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Input [..., K], weight [N, K] and bias [N]."""
     *rows, N, K = sizes
     tensors = torch.randn(*rows, K, dtype=input), torch.randn(N, K, dtype=weight), torch.randn(N, dtype=weight)
-    return tuple(tensor.requires_grad_() for tensor in tensors)  # type: ignore[return-value]
+    return tuple(tensor.requires_grad_() for tensor in tensors)
 
 
 def results(function, operands: tuple[Tensor, ...], autocast: bool) -> list[Tensor]:
