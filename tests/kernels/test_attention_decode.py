@@ -157,8 +157,8 @@ def test_layout_changes_no_bit(dtype: torch.dtype, level: str) -> None:
     assert torch.equal(OPERATOR(query.mT.contiguous().mT, *longer, *CAUSAL)[0], expected)
     wider = (torch.cat([tensor, torch.full_like(tensor, torch.nan)], 3)[..., :24] for tensor in (key, value))
     assert torch.equal(OPERATOR(query, *wider, *CAUSAL)[0], expected)
-    every_second = torch.stack([key, key], -1).flatten(-2)[..., ::2]  # the other kernel's
-    assert_as_exact_as(OPERATOR(query, every_second, value, *CAUSAL)[0], expected, expected.double(), "columns apart")
+    every_second = torch.stack([key, key], -1).flatten(-2)[..., ::2]  # the other kernel's, whose rounding differs
+    judge((query, every_second, value), CAUSAL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
