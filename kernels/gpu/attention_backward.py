@@ -76,14 +76,14 @@ def gradient_of_scores(
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The probabilities that values were weighed with, but for the scale of dropout; the scores; their gradient."""
-    scores, slope_of_softcap = score(products, queries, keys, scoring, MASKED)
-    probabilities = probabilities_of(scores, exponent, scoring, MASKED)
+    scores, slope_of_softcap = score(products, queries, keys, rule, scoring, MASKED)
+    probabilities = probabilities_of(scores, exponent, rule, scoring, MASKED)
     weights = probabilities
     if kept is not None:
         weights = tl.where(kept, probabilities, 0.0)
         grad_products = tl.where(kept, grad_products * rule.dropout_scale, 0.0)
     grad_scores = probabilities * (grad_products - delta) * slope_of_softcap
-    return weights, scores, where_seen(grad_scores, scores, scoring, MASKED)
+    return weights, scores, where_seen(grad_scores, scores, rule, MASKED)
 
 
 @dataclass(frozen=True)

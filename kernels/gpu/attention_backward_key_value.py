@@ -171,7 +171,7 @@ def attention_backward_key_value_kernel(
 
     # Queries in tiles: those on the edges of the window and at the end are masked, the rest lies between.
     end_query = tl.where(first_key < sequence.keys, sequence.queries, 0)
-    stages = query_stages(first_key, first_key + BLOCK_N - 1, end_query, band, BLOCK_M)
+    stages = query_stages(first_key, first_key + BLOCK_N - 1, end_query, rule, band, BLOCK_M)
     front = (stages.full_first - stages.first) // BLOCK_M
     masked_tiles = front + tl.maximum(tl.cdiv(stages.end - stages.full_end, BLOCK_M), 0)
     full_tiles = (stages.full_end - stages.full_first) // BLOCK_M

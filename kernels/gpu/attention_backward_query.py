@@ -89,7 +89,7 @@ def gather_in_stages(
         masked_first = stages.first  # which is rare enough for one loop
     else:
         masked_first = stages.full_end
-        if scoring.band.first is not None:
+        if rule.window_left is not None:
             grad_query_tile = gather_from_keys(
                 grad_query_tile, rows, key, value, stages.first, stages.full_first, stages.low, stages.end,
                 rule, scoring, HEAD_DIM, VALUE_DIM, BLOCK_N, True, False, ADDRESSES, PRECISION,
@@ -159,12 +159,12 @@ def attention_backward_query_kernel(
     key_head = head_of(key, sequence.key_batch, head // group, sequence.first_key, ALIGNMENT)
     value_head = head_of(value, sequence.key_batch, head // group, sequence.first_key, ALIGNMENT)
     last_query = tl.minimum(first_query + BLOCK_M, sequence.queries) - 1
-    stages = key_stages(first_query, last_query, 0, end_key, scoring.band, BLOCK_N)
+    stages = key_stages(first_query, last_query, 0, end_key, rule, scoring.band, BLOCK_N)
     grad_query_tile = gather_in_stages(
         rows, key_head, value_head, stages, rule, scoring,
         HEAD_DIM, VALUE_DIM, BLOCK_N, False, ADDRESSES, PRECISION,
     )  # fmt: skip
-    if hides(scoring):  # noqa: SIM102  # the compiler knows this, but not the next
+    if hides(rule):  # noqa: SIM102  # the compiler knows this, but not the next
         if has_nan(grad_query_tile):
             grad_query_tile = gather_in_stages(
                 rows, key_head, value_head, stages, rule, scoring,

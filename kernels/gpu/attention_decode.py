@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_forward import Rows, attend_to_all
+from .attention_forward import Rows, attend_to_all, key_addresses
 from .attention_inputs import AttentionInputs
 from .attention_launch import MOST_SPLITS
 from .attention_score import Rule, band_of, scoring_of, signed
 from .attention_sequence import Sequences, sequence_of, tokens_of
 from .attention_tiles import DecodeTiles
-from .call import Call, addresses, padded
+from .call import Call, padded
 from .tile import Heads, load_tile, stride_of, token_pointers
 
 
@@ -43,7 +43,7 @@ def attention_decode_kernel(
     VALUE_DIM: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
-    ADDRESSES: tl.constexpr,  # `call.addresses`
+    ADDRESSES: tl.constexpr,  # `attention_forward.key_addresses`
     BLOCK_M: tl.constexpr,  # at least group * T
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -151,8 +151,8 @@ def attention_decode_calls(
             "splits": splits,
             "split_keys": tiles.split_keys,
             "split_rows": split_rows,
-            "ADDRESSES": addresses(
-                tiles.attention.products, (tiles.attention.block_n, inputs.key), (tiles.attention.block_n, inputs.value)
+            "ADDRESSES": key_addresses(
+                tiles.attention, inputs.key, inputs.value, inputs.options.block_table is not None
             ),
         },
         options={"num_warps": tiles.attention.num_warps, "num_stages": tiles.attention.num_stages},

@@ -82,10 +82,10 @@ def attend(
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         key_tile = load_keys(key, start, low, end, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, ADDRESSES)
         products = tl.dot(rows.tile, tl.trans(key_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores, _ = score(products, rows.queries, keys, scoring, MASKED)
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * log2_unit(scoring))
-        probabilities = exponentials(scores, new_max[:, None], scoring, False)
-        decay = exponentials(row_max, new_max, scoring, True)
+        scores, _ = score(products, rows.queries, keys, rule, scoring, MASKED)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * log2_unit(rule, scoring))
+        probabilities = exponentials(scores, new_max[:, None], rule, scoring, False)
+        decay = exponentials(row_max, new_max, rule, scoring, True)
         row_sum = row_sum * decay[:, None] + sums_by_lane(probabilities)
         if rule.seed is not None:
             kept = is_kept(rule.seed, rows.planes, rows.positions, start, rule.dropout_threshold, BLOCK_N)
@@ -118,13 +118,13 @@ def attend_in_stages(
     """The output [BLOCK_M, BLOCK_DV] and logsumexp [BLOCK_M] of rows."""
     LN_2: tl.constexpr = 0.6931471805599453
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], least_max(scoring), dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], least_max(rule), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M, LANES], dtype=tl.float32)
     if GUARDED:
         masked_first = stages.first  # which is rare enough for one loop
     else:
         masked_first = stages.full_end
-        if scoring.band.first is not None:
+        if rule.window_left is not None:
             accumulator, row_max, row_sum = attend(
                 accumulator, row_max, row_sum, rows, key, value,
                 stages.first, stages.full_first, stages.low, stages.end, rule, scoring,
@@ -146,7 +146,7 @@ def attend_in_stages(
     if rule.seed is not None:
         output *= rule.dropout_scale
     natural = tl.log2(row_sum) * LN_2
-    if scoring.mask is not None:
+    if rule.mask is not None:
         natural += row_max
     else:
         natural += row_max * LN_2
@@ -175,12 +175,12 @@ def attend_to_all(
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The output [BLOCK_M, BLOCK_DV] and logsumexp [BLOCK_M] of rows over the keys first_key <= j < end_key."""
-    stages = key_stages(first_query, last_query, first_key, end_key, scoring.band, BLOCK_N)
+    stages = key_stages(first_query, last_query, first_key, end_key, rule, scoring.band, BLOCK_N)
     output, logsumexp = attend_in_stages(
         rows, key, value, stages, rule, scoring,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, ADDRESSES, PRECISION,
     )  # fmt: skip
-    if hides(scoring):  # noqa: SIM102  # the compiler knows this, but not the next
+    if hides(rule):  # noqa: SIM102  # the compiler knows this, but not the next
         if has_nan(output):
             output, logsumexp = attend_in_stages(
                 rows, key, value, stages, rule, scoring,
@@ -211,7 +211,7 @@ def attention_forward_kernel(
     ALIGNMENT: tl.constexpr,  # elements; every stride but the last is a multiple of it
     MASK_ALIGNMENT: tl.constexpr,
     ADDRESSES: tl.constexpr,  # `call.addresses`
-    KEY_ADDRESSES: tl.constexpr,
+    KEY_ADDRESSES: tl.constexpr,  # `key_addresses`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -274,9 +274,11 @@ def by_descriptor(tensor: torch.Tensor, block: int, is_paged: bool) -> bool:
 
 
 def key_addresses(tiles: AttentionTiles, key: torch.Tensor, value: torch.Tensor, is_paged: bool = False) -> str | int:
-    """How addresses of keys and values are computed: what `load_tokens` calls ADDRESSES, or "descriptors"."""
+    """How addresses of keys and values are computed: what `load_tokens` calls ADDRESSES, "descriptors" or "pages"."""
     if tiles.descriptors and all(by_descriptor(tensor, tiles.block_n, is_paged) for tensor in (key, value)):
         return "descriptors"
+    if is_paged:
+        return "pages"
     stride = key.stride(-2)
     if tiles.compiled_stride and stride == value.stride(-2) and tiles.block_n * stride < 2**31:
         return stride

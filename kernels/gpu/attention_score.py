@@ -2,7 +2,10 @@
 
 The forward, both backward kernels and the decode kernel call `score`; two of them with queries down and keys across,
 one the other way around: numbers of queries and keys come as tensors that broadcast, [M, 1] and [1, N] or [1, M] and
-[N, 1]. What a call does not ask for is None, known to the compiler, and costs nothing.
+[N, 1]. What a call does not ask for is None in its rule, known to the compiler, and costs nothing.
+
+Only arguments can be None: before triton 3.7 a function cannot return a tuple that holds it. What is made of an absent
+part of a rule is therefore 0, and the rule is asked whether it counts.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ class Rule(NamedTuple):
 class Band(NamedTuple):
     """Which keys of a sequence are in the window of its query i: those with i + first <= j <= i + last."""
 
-    first: tl.tensor | None
-    last: tl.tensor | None
+    first: tl.tensor  # if there is a window_left
+    last: tl.tensor  # if there is a window_right
     offset: tl.tensor
     queries: tl.tensor
     keys: tl.tensor  # that exist
@@ -56,11 +59,9 @@ class Scoring(NamedTuple):
     """A rule, made ready for one head of one sequence, or for another head in every row."""
 
     scale: tl.tensor  # not negative: the tile that a program keeps carries the sign (`signed`)
-    softcap: tl.tensor | None
-    slope: tl.tensor | None
-    mask: tl.tensor | None  # at query 0 and key 0
-    mask_stride_t: tl.tensor | None
-    mask_stride_s: tl.tensor | None
+    slope: tl.tensor  # if there are slopes
+    mask: tl.tensor  # at query 0 and key 0, if there is one
+    mask_stride_t: tl.tensor
     band: Band
 
 
@@ -68,8 +69,8 @@ class Scoring(NamedTuple):
 def band_of(rule: Rule, queries: tl.tensor, keys: tl.tensor) -> Band:
     """The window of a sequence of so many queries and keys."""
     offset = keys * 0
-    first = None
-    last = None
+    first = offset
+    last = offset
     if rule.lower_right is not None:
         offset = keys - queries
     if rule.window_left is not None:
@@ -82,10 +83,9 @@ def band_of(rule: Rule, queries: tl.tensor, keys: tl.tensor) -> Band:
 @triton.jit
 def scoring_of(rule: Rule, sequence: tl.tensor, head: tl.tensor, band: Band, MASK_ALIGNMENT: tl.constexpr) -> Scoring:
     """The rule for a head, or for the heads [M, 1] of rows, of a sequence."""
-    slope = None
-    mask = None
-    mask_stride_t = None
-    mask_stride_s = None
+    slope = 0.0
+    mask = 0
+    mask_stride_t = 0
     if rule.alibi_slopes is not None:
         slopes = rule.alibi_slopes
         slope = tl.load(slopes.pointer + sequence * slopes.stride_n + head * slopes.stride_h)
@@ -93,8 +93,7 @@ def scoring_of(rule: Rule, sequence: tl.tensor, head: tl.tensor, band: Band, MAS
         mask = rule.mask.pointer + sequence * stride_of(rule.mask.stride_b, MASK_ALIGNMENT)
         mask += head * stride_of(rule.mask.stride_h, MASK_ALIGNMENT)
         mask_stride_t = stride_of(rule.mask.stride_t, MASK_ALIGNMENT)
-        mask_stride_s = rule.mask.stride_d
-    return Scoring(tl.abs(rule.scale), rule.softcap, slope, mask, mask_stride_t, mask_stride_s, band)
+    return Scoring(tl.abs(rule.scale), slope, mask, mask_stride_t, band)
 
 
 @triton.jit
@@ -109,16 +108,16 @@ def signed(tile: tl.tensor, rule: Rule) -> tl.tensor:
 
 
 @triton.jit
-def is_plain(scoring: Scoring) -> tl.constexpr:
+def is_plain(rule: Rule) -> tl.constexpr:
     """Whether scores are products but for the scale, so that it can be part of the exponent."""
-    return scoring.softcap is None and scoring.slope is None and scoring.mask is None
+    return rule.softcap is None and rule.alibi_slopes is None and rule.mask is None
 
 
 @triton.jit
-def unit_of(scoring: Scoring) -> tl.tensor:
+def unit_of(rule: Rule, scoring: Scoring) -> tl.tensor:
     """What `score` must be multiplied by: plain scores are left unscaled, which saves a multiplication each."""
     unit = 1.0
-    if is_plain(scoring):
+    if is_plain(rule):
         # Of a scale of 0 so much is left that products become 0, and -inf stays what it is.
         unit = tl.maximum(scoring.scale, 1e-37)
     return unit
@@ -129,24 +128,25 @@ def score(
     products: tl.tensor,
     queries: tl.tensor,
     keys: tl.tensor,
+    rule: Rule,
     scoring: Scoring,
     MASKED: tl.constexpr,  # some pair of the tile is outside of the window, or some key does not exist
 ) -> tuple[tl.tensor, tl.tensor]:
     """The scores, in units of `unit_of`, -inf where hidden; and what softcap multiplies their gradient by."""
     scores = products
     slope_of_softcap = 1.0
-    if scoring.softcap is not None:
-        capped = tanh(products * (scoring.scale / scoring.softcap))
+    if rule.softcap is not None:
+        capped = tanh(products * (scoring.scale / rule.softcap))
         slope_of_softcap = 1.0 - capped * capped
-        scores = capped * scoring.softcap
-    elif not is_plain(scoring):
+        scores = capped * rule.softcap
+    elif not is_plain(rule):
         scores = products * scoring.scale
-    if scoring.slope is not None:
+    if rule.alibi_slopes is not None:
         # Exact up to 2^24 tokens. Subtracted as floats, which takes one conversion a row instead of one a score.
         distance = (queries + scoring.band.offset).to(tl.float32) - keys.to(tl.float32)
         scores -= scoring.slope * tl.abs(distance)
-    if scoring.mask is not None:
-        pointers = scoring.mask + queries * scoring.mask_stride_t + keys * scoring.mask_stride_s
+    if rule.mask is not None:
+        pointers = scoring.mask + queries * scoring.mask_stride_t + keys * rule.mask.stride_d
         exists = queries < scoring.band.queries
         if MASKED:  # otherwise all keys exist, and many entries of a row are loaded at once
             exists = exists & (keys < scoring.band.keys)
@@ -158,71 +158,75 @@ def score(
             entries = entries.to(tl.float32)
             scores = tl.where(entries == float("-inf"), float("-inf"), scores + entries)
     if MASKED:
-        scores = tl.where(is_seen(queries, keys, scoring.band), scores, float("-inf"))
+        scores = tl.where(is_seen(queries, keys, rule, scoring.band), scores, float("-inf"))
     return scores, slope_of_softcap
 
 
 @triton.jit
-def is_seen(queries: tl.tensor, keys: tl.tensor, band: Band) -> tl.tensor:
+def is_seen(queries: tl.tensor, keys: tl.tensor, rule: Rule, band: Band) -> tl.tensor:
     """Whether each key exists and is in the window of each query."""
     end = band.keys
-    if band.last is not None:
+    if rule.window_right is not None:
         end = tl.minimum(end, queries + band.last + 1)
     seen = keys < end
-    if band.first is not None:
+    if rule.window_left is not None:
         seen = seen & (keys >= queries + band.first)
     return seen
 
 
 @triton.jit
-def log2_unit(scoring: Scoring) -> tl.tensor:
+def log2_unit(rule: Rule, scoring: Scoring) -> tl.tensor:
     """What scores are multiplied by when they become exponents of 2.
 
     But for what a mask adds, which may be the least float32 there is: multiplied, it would be infinite.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
     unit = 1.0
-    if scoring.mask is None:
-        unit = unit_of(scoring) * LOG2_E
+    if rule.mask is None:
+        unit = unit_of(rule, scoring) * LOG2_E
     return unit
 
 
 @triton.jit
-def least_max(scoring: Scoring) -> tl.constexpr:
+def least_max(rule: Rule) -> tl.constexpr:
     """The maximum of no scores. A finite one keeps probabilities 0 where all are -inf, and -inf - -inf would be NaN."""
-    return float("-inf") if scoring.mask is not None else -3.4028234663852886e38
+    return float("-inf") if rule.mask is not None else -3.4028234663852886e38
 
 
 @triton.jit
-def exponentials(scores: tl.tensor, row_max: tl.tensor, scoring: Scoring, SCALED: tl.constexpr) -> tl.tensor:
+def exponentials(
+    scores: tl.tensor, row_max: tl.tensor, rule: Rule, scoring: Scoring, SCALED: tl.constexpr
+) -> tl.tensor:
     """exp(scores - maximum), of a maximum in units of 1 / `log2_unit` and scores as `score` returns them, or SCALED."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    if scoring.mask is not None:
+    if rule.mask is not None:
         shift = tl.where(row_max == float("-inf"), 0.0, row_max)
         exponentials = tl.exp2((scores - shift) * LOG2_E)
     elif SCALED:
         exponentials = tl.exp2(scores - row_max)
     else:
-        exponentials = tl.exp2(scores * log2_unit(scoring) - row_max)
+        exponentials = tl.exp2(scores * log2_unit(rule, scoring) - row_max)
     return exponentials
 
 
 @triton.jit
-def probabilities_of(scores: tl.tensor, exponent: tl.tensor, scoring: Scoring, MASKED: tl.constexpr) -> tl.tensor:
+def probabilities_of(
+    scores: tl.tensor, exponent: tl.tensor, rule: Rule, scoring: Scoring, MASKED: tl.constexpr
+) -> tl.tensor:
     """exp(unit * scores - logsumexp), of what the backward's rows kernel left in `exponent`."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    unit = unit_of(scoring) * LOG2_E
-    if scoring.mask is not None:
+    unit = unit_of(rule, scoring) * LOG2_E
+    if rule.mask is not None:
         probabilities = tl.exp2((scores - exponent) * LOG2_E)
     else:
         probabilities = tl.exp2(scores * unit - exponent)
-    return where_seen(probabilities, scores, scoring, MASKED)
+    return where_seen(probabilities, scores, rule, MASKED)
 
 
 @triton.jit
-def where_seen(numbers: tl.tensor, scores: tl.tensor, scoring: Scoring, MASKED: tl.constexpr) -> tl.tensor:
+def where_seen(numbers: tl.tensor, scores: tl.tensor, rule: Rule, MASKED: tl.constexpr) -> tl.tensor:
     """`numbers`, but 0 for hidden pairs, whatever their query or key holds."""
-    if MASKED or scoring.mask is not None:
+    if MASKED or rule.mask is not None:
         numbers = tl.where(scores == float("-inf"), 0.0, numbers)
     return numbers
 
@@ -258,9 +262,9 @@ def weigh(
 
 
 @triton.jit
-def hides(scoring: Scoring) -> tl.constexpr:
+def hides(rule: Rule) -> tl.constexpr:
     """Whether a pair of a query and a key that exist may be hidden."""
-    return scoring.band.first is not None or scoring.band.last is not None or scoring.mask is not None
+    return rule.window_left is not None or rule.window_right is not None or rule.mask is not None
 
 
 @triton.jit

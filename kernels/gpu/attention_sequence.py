@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .attention_score import GUARD_BLOCK, Band
+from .attention_score import GUARD_BLOCK, Band, Rule
 from .tile import Head, Heads, head_of, load_tile, load_tokens, stride_of
 
 
@@ -88,11 +88,11 @@ class Tokens(NamedTuple):
     """One head of the keys or values of a sequence."""
 
     head: Head  # paged: page 0 of the cache
-    descriptor: tl.tensor_descriptor | None  # of the keys that exist, in tiles of so many
-    stride_page: tl.tensor | None  # elements from one page to the next
-    table: tl.tensor | None  # the pages of the sequence
-    table_stride: tl.tensor | None
-    page_size: tl.tensor | None
+    descriptor: tl.tensor_descriptor  # of the keys that exist, in tiles of so many, if addresses are "descriptors"
+    stride_page: tl.tensor  # elements from one page to the next, if they are "pages"
+    table: tl.tensor  # the pages of the sequence
+    table_stride: tl.tensor
+    page_size: tl.tensor
 
 
 @triton.jit
@@ -105,16 +105,16 @@ def tokens_of(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    ADDRESSES: tl.constexpr,  # `call.addresses`
+    ADDRESSES: tl.constexpr,  # `attention_forward.key_addresses`
 ) -> Tokens:
     """The keys or values of a head of a sequence, from the first on."""
-    descriptor = None
-    stride_page = None
-    table = None
-    table_stride = None
-    page_size = None
+    descriptor = 0
+    stride_page = 0
+    table = 0
+    table_stride = 0
+    page_size = 0
     batch = sequence.key_batch
-    if sequences.pages is not None:
+    if ADDRESSES == "pages":
         pages = sequences.pages
         batch = batch * 0
         stride_page = stride_of(heads.stride_b, ALIGNMENT)
@@ -139,16 +139,16 @@ def load_keys(
     BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     MASKED: tl.constexpr,
-    ADDRESSES: tl.constexpr,  # `call.addresses`
+    ADDRESSES: tl.constexpr,  # `attention_forward.key_addresses`
 ) -> tl.tensor:
     """Keys or values first ... first + BLOCK - 1; every one by its page if paged.
 
     By descriptor, what lies past the last key is 0, and what a window or causality hides is read as any other: results
     that it makes NaN are computed again, from tiles that no descriptor is for (`attention_score.weigh`).
     """
-    if tokens.descriptor is not None and BLOCK != GUARD_BLOCK:
+    if ADDRESSES == "descriptors" and BLOCK != GUARD_BLOCK:
         tile = tokens.descriptor.load([first, 0])
-    elif tokens.table is None:
+    elif ADDRESSES != "pages":
         tile = load_tokens(tokens.head, first, low, end, DIM, BLOCK, BLOCK_DIM, MASKED, ADDRESSES)
     else:
         numbers = first + tl.arange(0, BLOCK)[:, None]
@@ -178,6 +178,7 @@ def key_stages(
     last_query: tl.tensor,
     first_key: tl.tensor,  # a multiple of BLOCK_N
     end_key: tl.tensor,
+    rule: Rule,
     band: Band,
     BLOCK_N: tl.constexpr,
 ) -> Stages:
@@ -194,19 +195,19 @@ def key_stages(
     full_low = first_key
     end = end_key
     full_end = end_key
-    if band.last is not None:
+    if rule.window_right is not None:
         end = tl.minimum(end, tl.maximum(last_query + band.last + 1, 0))
         full_end = tl.minimum(full_end, tl.maximum(first_query + band.last + 1, 0))
-    if band.first is not None:
+    if rule.window_left is not None:
         low = tl.maximum(first_query + band.first, first_key)
         full_low = tl.maximum(last_query + band.first, first_key)
-    stages: Stages = in_tiles(low, full_low, full_end, end, band.first is not None, BLOCK_N)
+    stages: Stages = in_tiles(low, full_low, full_end, end, rule.window_left is not None, BLOCK_N)
     return stages
 
 
 @triton.jit
 def query_stages(
-    first_key: tl.tensor, last_key: tl.tensor, end_query: tl.tensor, band: Band, BLOCK_M: tl.constexpr
+    first_key: tl.tensor, last_key: tl.tensor, end_query: tl.tensor, rule: Rule, band: Band, BLOCK_M: tl.constexpr
 ) -> Stages:
     """Of the queries i < end_query those that see keys first_key ... last_key, in the same way.
 
@@ -217,13 +218,13 @@ def query_stages(
     end = end_query
     full_end = tl.where(last_key < band.keys, end_query, 0)
     last_key = tl.minimum(last_key, band.keys - 1)
-    if band.last is not None:
+    if rule.window_right is not None:
         low = tl.maximum(first_key - band.last, 0)
         full_low = tl.maximum(last_key - band.last, 0)
-    if band.first is not None:
+    if rule.window_left is not None:
         end = tl.minimum(end, tl.maximum(last_key - band.first + 1, 0))
         full_end = tl.minimum(full_end, tl.maximum(first_key - band.first + 1, 0))
-    stages: Stages = in_tiles(low, full_low, full_end, end, band.last is not None, BLOCK_M)
+    stages: Stages = in_tiles(low, full_low, full_end, end, rule.window_right is not None, BLOCK_M)
     return stages
 
 

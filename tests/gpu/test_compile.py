@@ -179,7 +179,7 @@ def test_which_tensors_a_descriptor_can_load():
     ):
         assert not by_descriptor(refused, 64, is_paged=False)
     assert key_addresses(AttentionTiles(128, 64, 8, 2, descriptors=True), key, key) == "descriptors"
-    assert key_addresses(AttentionTiles(128, 64, 8, 2, descriptors=True), key, key, is_paged=True) == "narrow"
+    assert key_addresses(AttentionTiles(128, 64, 8, 2, descriptors=True), key, key, is_paged=True) == "pages"
 
 
 def test_the_norms_are_in_the_matrix():
