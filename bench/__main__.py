@@ -18,6 +18,7 @@ except ImportError:
 from trilby.kernels import keep_memory
 
 from .generation import DESK, QUICK_DESK, generation_rows
+from .launching import launch_lines
 from .machine import ceiling_steps, command_line, describe_machine, measure_ceilings
 from .one_line import QUICK_TRIAL, TRIAL, trial_steps, try_models
 from .rates import losses, rates_table, write_plots
@@ -122,7 +123,9 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="your model, one line")
             tried, others = try_models(trial, ceilings, advance)
             rows, trainings = rows + list(tried), trainings + others
-        advised = _advice() if plan.device == "cuda" and plan.includes("attention") and not plan.quick else ()
+        advised = tuple(launch_lines()) if plan.device == "cuda" else ()
+        if plan.device == "cuda" and plan.includes("attention") and not plan.quick:
+            advised += _advice()
     seconds = time.perf_counter() - started
     return Run(command, machine, ceilings, tuple(rows), trainings, asdict(plan), seconds, repeats, advised)
 

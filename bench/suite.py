@@ -208,5 +208,7 @@ def _evict() -> None:
 
 
 def _evict_device() -> None:
-    """Queued before a turn, this writes more than any GPU's cache holds, and keeps the GPU busy meanwhile."""
-    torch.empty(EVICTION_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
+    """Queued before a turn, this empties the GPU's caches, and keeps it busy until the turn is queued, too."""
+    from trilby.kernels.gpu.tune import empty_caches_and_hold  # triton is not everywhere
+
+    empty_caches_and_hold()

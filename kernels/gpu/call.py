@@ -32,14 +32,18 @@ class Call:
         """Launch on `device`; an empty grid is no launch."""
         if 0 in self.grid:
             return
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with guard:
+        with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
             # Contraction of a * b + c is what a GPU does by default; triton 3.9 warns unless it is asked for.
             launch = partial(self.kernel[self.grid], **self.arguments, **self.options, enable_fp_fusion=True)
             if self.makes_descriptors:
                 copy_context().run(_launch_with_memory, launch, device)
             else:
                 launch()
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to `device` as it is: to enter where one is takes as long as a third of a launch."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
 def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> None:

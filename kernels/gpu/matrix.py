@@ -23,7 +23,7 @@ from .attention_launch_forward import DECODE, FORWARD, FORWARD_BY_DESCRIPTOR
 from .attention_tiles import AttentionTiles, DecodeTiles, Row
 from .call import Call
 from .compile import Compilation
-from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
+from .norm_backward import NormGradients, NormInputs, column_sums_call, norm_backward_calls
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .norm_launch import NORM_BACKWARD, NORM_FORWARD, NormRow, norm_backward_tiles, norm_forward_tiles
 from .targets import Device, Target
@@ -266,8 +266,8 @@ def norm_cases(target: Target) -> Iterator[Case]:
             for number, call in enumerate(norm_backward_calls(inputs, gradients, dropout, tiles)):
                 name = f"norm backward {_name(dtype)} N {width} ({number})"
                 yield Case(name, target, call, False, _may_spill(row, target, dtype), NORM_WIDE_SHARE)
-        parts, total = _meta(PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
-        yield Case(f"column sum {_name(dtype)}", target, column_sum_call(parts, total))
+        parts, total = _meta(2, PROCESSORS, 1024, dtype=torch.float32), _meta(1024, dtype=dtype)
+        yield Case(f"column sums {_name(dtype)}", target, column_sums_call(parts, total, total))
 
 
 def _may_spill(row: NormRow | None, target: Target, dtype: torch.dtype) -> bool:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls, parts_of
+from .norm_backward import NormGradients, NormInputs, column_sums_call, norm_backward_calls, parts_of
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .norm_launch import NormTiles, norm_backward_tiles, norm_forward_tiles
 from .targets import device_of
@@ -162,10 +162,10 @@ def norm_backward(
         Dropout(seed, dropout_p),
         tiles,
     )
-    if weight is not None:
-        calls.append(column_sum_call(parts[0], grad_weight))
-    if bias is not None:
-        calls.append(column_sum_call(parts[1], grad_bias))
+    if weight is not None or bias is not None:
+        calls.append(
+            column_sums_call(parts, None if weight is None else grad_weight, None if bias is None else grad_bias)
+        )
     for call in calls:
         call.run(summed.device)
     return grad_stream, grad_branch, grad_weight, grad_bias

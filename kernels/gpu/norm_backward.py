@@ -244,15 +244,21 @@ def norm_backward_parts_kernel(
 
 # Memory: the parts in, 4 bytes a column and program; small against the rows unless those are few.
 @triton.jit(do_not_specialize=["programs"])
-def column_sum_kernel(
-    parts: tl.tensor,  # [programs, N] float32
-    total: tl.tensor,  # [N]
+def column_sums_kernel(
+    parts: tl.tensor,  # [2, programs, N] float32: the weights' and the bias's
+    grad_weight: tl.tensor,  # [N], or None
+    grad_bias: tl.tensor,  # [N], or None
     programs: tl.tensor,
     WIDTH: tl.constexpr,  # N
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Sum parts over programs, in an order that their number alone decides."""
+    """Sum parts over programs, in an order that their number alone decides: (i, 0) the weights', (i, 1) the bias's.
+
+    One launch for both: a second one takes the processor longer than this takes the GPU.
+    """
+    half = tl.program_id(1)
+    parts += half * programs * tl.full([], WIDTH, tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first_row in tl.range(0, programs, BLOCK_M):
@@ -260,7 +266,15 @@ def column_sum_kernel(
         mask = (rows < programs) & (columns < WIDTH)
         sums += tl.load(parts + rows * WIDTH + columns, mask=mask, other=0.0)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(total + columns, tl.sum(sums, 0).to(total.dtype.element_ty), mask=columns < WIDTH)
+    total = tl.sum(sums, 0)
+    if grad_weight is not None:
+        tl.store(
+            grad_weight + columns, total.to(grad_weight.dtype.element_ty), mask=columns < tl.where(half == 0, WIDTH, 0)
+        )
+    if grad_bias is not None:
+        tl.store(
+            grad_bias + columns, total.to(grad_bias.dtype.element_ty), mask=columns < tl.where(half == 1, WIDTH, 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -326,19 +340,21 @@ def parts_of(rows: int, width: int, tiles: NormTiles) -> int:
     return tiles.programs_of(rows, chunks=triton.cdiv(width, tiles.block_n))
 
 
-def column_sum_call(parts: torch.Tensor, total: torch.Tensor) -> Call:
-    """The launch that sums `parts` [programs, N] into `total` [N]."""
+def column_sums_call(parts: torch.Tensor, grad_weight: torch.Tensor | None, grad_bias: torch.Tensor | None) -> Call:
+    """The launch that sums `parts` [2, programs, N] into `grad_weight` and `grad_bias` [N]; one may be absent."""
+    _, programs, width = parts.shape
     # 32 bytes of a row are the least that memory hands out, 64 columns are 256: with 16 rows 8 elements a thread, or 4,
     # one access, where 64 threads are a warp.
     block_m, block_n = 16, 64
     return Call(
-        kernel=column_sum_kernel,
-        grid=(triton.cdiv(parts.shape[1], block_n),),
+        kernel=column_sums_kernel,
+        grid=(triton.cdiv(width, block_n), 2),
         arguments={
             "parts": parts,
-            "total": total,
-            "programs": parts.shape[0],
-            "WIDTH": parts.shape[1],
+            "grad_weight": grad_weight,
+            "grad_bias": grad_bias,
+            "programs": programs,
+            "WIDTH": width,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },

@@ -84,7 +84,9 @@ def _moved(value, device: str):
         return tuple(_moved(one, device) for one in value)
     if not isinstance(value, torch.Tensor):
         return value
-    storage = torch.empty(0, dtype=value.dtype, device=device).set_(value.untyped_storage().to(device))
+    storage = torch.empty(0, dtype=value.dtype, device=device).set_(
+        value.untyped_storage().to(device=torch.device(device))
+    )
     return storage.as_strided(value.shape, value.stride(), value.storage_offset())
 
 

@@ -17,7 +17,7 @@ from trilby.kernels.gpu.attention_forward import attention_forward_call
 from trilby.kernels.gpu.attention_inputs import AttentionInputs
 from trilby.kernels.gpu.compile import source_of
 from trilby.kernels.gpu.matrix import AttentionShape
-from trilby.kernels.gpu.norm_backward import NormGradients, NormInputs, column_sum_call, norm_backward_calls
+from trilby.kernels.gpu.norm_backward import NormGradients, NormInputs, column_sums_call, norm_backward_calls
 from trilby.kernels.gpu.norm_forward import Dropout, NormResults, norm_forward_call
 from trilby.kernels.gpu.targets import NEAREST, TARGETS, Device, device_of, target_of
 from trilby.kernels.options import AttentionOptions
@@ -164,12 +164,12 @@ def norm_call(rows):
 
 def norm_backward_launches(rows, width):
     batch, statistics, weight = torch.empty(rows, width), torch.empty(rows), torch.empty(width)
-    parts = torch.empty(2, width)
+    parts = torch.empty(2, 2, width)
     dropout = Dropout(torch.empty(1, dtype=torch.int64), 0.6)
     inputs = NormInputs(batch, None, batch, statistics, statistics, weight)
     tiles = norm_launch.norm_backward_tiles(Device(TARGETS["sm_90"], 132), width)
-    calls = norm_backward_calls(inputs, NormGradients(batch, batch, parts, None), dropout, tiles)
-    return [*calls, column_sum_call(parts, weight)]
+    calls = norm_backward_calls(inputs, NormGradients(batch, batch, parts[0], None), dropout, tiles)
+    return [*calls, column_sums_call(parts, weight, None)]
 
 
 LAUNCHES = [

@@ -45,7 +45,7 @@ def _without_a_file(monkeypatch):
 
 @pytest.fixture
 def question():
-    candidates = ({**vars(ROW.tiles), "num_warps": 4}, {**vars(ROW.tiles), "num_stages": 1})
+    candidates = ({**vars(ROW.tiles), "num_warps": 16}, {**vars(ROW.tiles), "num_stages": 1})
     return Question(place_of(FORWARD, SM_90, ROW), vars(ROW.tiles), candidates, lambda: chosen)
 
 
@@ -60,13 +60,13 @@ def measuring(seconds):
 
 
 def test_a_candidate_that_is_clearly_faster_is_the_answer(question):
-    best = answer(question, measuring({("num_warps", 4): 1.0}), "a GPU")
-    assert best.numbers["num_warps"] == 4
+    best = answer(question, measuring({("num_warps", 16): 1.0}), "a GPU")
+    assert best.numbers["num_warps"] == 16
     assert best.reason.startswith("2.00 times as fast as block_m")
     assert best.reason.endswith("on a GPU")
 
 
-@pytest.mark.parametrize("seconds", [{}, {("num_warps", 4): 1.99}])
+@pytest.mark.parametrize("seconds", [{}, {("num_warps", 16): 1.99}])
 def test_noise_is_no_answer(question, seconds):
     assert answer(question, measuring(seconds), "a GPU") is None
 
@@ -74,12 +74,12 @@ def test_noise_is_no_answer(question, seconds):
 def test_a_candidate_that_cannot_run_is_none(question):
     measure = measuring({("num_stages", 1): 0.5})
 
-    def fail_with_four_warps(call):
-        if call()["num_warps"] == 4:
+    def fail_with_sixteen_warps(call):
+        if call()["num_warps"] == 16:
             raise RuntimeError("out of resource: shared memory")
         return measure(call)
 
-    assert answer(question, fail_with_four_warps, "a GPU").numbers["num_stages"] == 1
+    assert answer(question, fail_with_sixteen_warps, "a GPU").numbers["num_stages"] == 1
 
 
 def test_a_row_that_cannot_be_measured_is_an_error(question):
@@ -92,8 +92,8 @@ def test_a_row_that_cannot_be_measured_is_an_error(question):
 
 def test_trying_holds_for_one_row_and_ends(question):
     before, others = chosen(), [chosen(head_dim=256), chosen(q_len=1)]
-    with trying(question.trial({**before, "num_warps": 4})):
-        assert chosen() == {**before, "num_warps": 4}
+    with trying(question.trial({**before, "num_warps": 16})):
+        assert chosen() == {**before, "num_warps": 16}
         assert [chosen(head_dim=256), chosen(q_len=1)] == others
     assert chosen() == before
 
@@ -172,10 +172,10 @@ def test_the_answers_so_far_are_written_after_each_question(question, tmp_path, 
     def stop(call):
         raise KeyboardInterrupt
 
-    measures = iter([measuring({("num_warps", 4): 1.0})] * 3 + [stop])
+    measures = iter([measuring({("num_warps", 16): 1.0})] * 3 + [stop])
     with pytest.raises(KeyboardInterrupt):
         command.tune([question, question], lambda call: next(measures)(call), "a GPU", path)
-    assert [row.numbers["num_warps"] for row in read(path)] == [4]
+    assert [row.numbers["num_warps"] for row in read(path)] == [16]
     assert "1/2 forward half" in capsys.readouterr().out
     command.tune([question], measuring({}), "a GPU", path)
     assert json.loads(path.read_text())["rows"] == []
