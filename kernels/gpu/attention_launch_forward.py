@@ -272,7 +272,7 @@ DECODE = (
         "half",
         256,
         AttentionTiles(32, 32, 4, 3),
-        "on H200 1.26 times as fast as in 8 warps with 2 stages, though 40 registers spill; 64 keys 1.28, which spill 183",
+        "on H200 1.26 times as fast as in 8 warps with 2 stages, and 40 registers spill; 64 keys 1.28, which spill 183",
         q_len=32,
         scores="any",
         spills=("sm_90",),
