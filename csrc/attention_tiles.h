@@ -144,6 +144,9 @@ struct KeepInPairs {
 
 struct ForwardProducts {
   static constexpr int64_t STEP = TILE_NUMBERS;  // parts of a block begin at multiples of so many keys
+  // Probabilities may be so much larger than 1, as a power of 2, before outputs shrink for a new maximum: they are as
+  // exact as smaller ones, and outputs are left alone (which measured 1.03 times as fast).
+  static constexpr float SLACK = 8.0f;
   BlockLoader<Transposed::values> blocks;
 
   static int64_t output_rows(int64_t value_dim) { return whole_tiles(value_dim); }

@@ -112,7 +112,8 @@ static inline void panel_by_keys(const Sight& sight, const float* rows, int64_t 
 }
 
 struct ForwardProducts {
-  static constexpr int64_t STEP = 8;  // parts of a block begin at multiples of so many keys
+  static constexpr int64_t STEP = 8;    // parts of a block begin at multiples of so many keys
+  static constexpr float SLACK = 0.0f;  // outputs shrink in the product, for nothing
   BlockLoader blocks;
 
   static int64_t output_rows(int64_t value_dim) { return value_dim; }

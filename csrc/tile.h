@@ -2,8 +2,7 @@
 //
 // Written as assembly: the registers are named in the source, so that a compiler can neither spill nor rename them, and
 // each statement is a barrier, so that none moves a load of a tile before the stores that made its memory (gcc's own
-// intrinsics promise neither). Nothing of this was run on the hardware yet: what is counted is counted from machine
-// code.
+// intrinsics promise neither).
 #pragma once
 
 #include <cstdint>

@@ -25,13 +25,17 @@ static inline void copy_numbers(const uint16_t* from, const View& view, int64_t 
   for (int64_t r = 0; r < rows; r++) {
     const uint16_t* row = from + r * view.row;
     uint16_t* copy = to + r * width;
-    if (view.column == 1) {
-      __builtin_memcpy(copy, row, static_cast<size_t>(columns) * 2);
-    } else {
-      for (int64_t d = 0; d < columns; d++) copy[d] = row[d * view.column];
+    int64_t d = 0;
+    if (view.column == 1) {  // without a call: of 64 columns those were a tenth of the forward's time
+      for (; d + TILE_NUMBERS <= columns; d += TILE_NUMBERS) {
+        Numbers numbers;
+        __builtin_memcpy(&numbers, row + d, sizeof numbers);
+        __builtin_memcpy(copy + d, &numbers, sizeof numbers);
+      }
     }
-    __builtin_memset(copy + columns, 0, static_cast<size_t>(width - columns) * 2);
-    for (int64_t d = 0; sign != 1.0f && d < width; d += LANES) {
+    for (; d < columns; d++) copy[d] = row[d * view.column];
+    for (; d < width; d++) copy[d] = 0;
+    for (d = 0; sign != 1.0f && d < width; d += LANES) {
       BFloat16::store_vector(copy + d, BFloat16::load_vector(copy + d) * sign);
     }
   }

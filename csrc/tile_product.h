@@ -4,7 +4,8 @@
 // for 32 rows, 32 columns and 32 steps 4 loads (8 cycles each, of two ports' 16) and 4 multiplications (16 cycles), so
 // that loads take half the time that products do, and four sums hide each other's latency (52 cycles, by Intel's
 // manual). Beyond that only the sums' way in and out: at the 16 and 8 cycles of a store and a load of a tile, three
-// quarters of the multiplications' time where there are 64 steps. All by the manual's numbers; not measured.
+// quarters of the multiplications' time where there are 64 steps, by the manual. Measured on an Emerald Rapids: 4 loads
+// and 4 multiplications 63 cycles; blocks of 64 steps in the first-level cache 1.4 times the multiplications' time.
 #pragma once
 
 #include "product.h"

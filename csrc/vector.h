@@ -98,10 +98,10 @@ static inline PowerOfTwo power_of_two(Vector x) {
 }
 
 #if defined(__AMX_BF16__)
-// 2^x for x <= 0 or x a NaN: within 1.3 ulp for results that are normal numbers, 0 below 2^-126. 8 instructions, for
-// probabilities that become bf16; their sum, as logsumexp, stays as exact as float32. 2^f by the polynomial of degree 5
-// with 2^0 = 1 exactly that is closest to it in relative error on [0, 1), 8.2e-8 before rounding. Scaling to a result
-// below 2^-126 would be done in microcode: 77 ns instead of 1.4 were measured.
+// 2^x for x <= 0, here for x < 127, too, or x a NaN: within 1.3 ulp of normal numbers, 0 below 2^-126. 8 instructions,
+// for probabilities that become bf16; their sum, as logsumexp, stays as exact as float32. 2^f by the polynomial of
+// degree 5 with 2^0 = 1 exactly that is closest to it in relative error on [0, 1), 8.2e-8 before rounding. Scaling to a
+// result below 2^-126 would be done in microcode: 77 ns instead of 1.4 were measured.
 static inline Vector exp2_of_nonpositive(Vector x) {
   const Vector f = (Vector)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vector p = broadcast(1.8671300495043397e-3f);
