@@ -230,9 +230,10 @@ def test_norm_programs_fill_the_device(width):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("width", [64, 100, 1024, 4096])
-def test_a_backward_thread_has_16_bytes_of_a_row(target, width):
+def test_a_backward_thread_has_16_bytes_of_half_precision_and_of_one_row_perhaps_more(target, width):
     tiles = norm_launch.norm_backward_tiles(Device(target, 132), width)
-    assert tiles.block_m * tiles.block_n == 8 * tiles.num_warps * target.warp_size
+    elements = tiles.block_m * tiles.block_n / (tiles.num_warps * target.warp_size)
+    assert elements == 8 or (elements > 8 and tiles.block_m == 1)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 264, 4096, 5000, 10**6])
