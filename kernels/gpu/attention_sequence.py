@@ -114,7 +114,7 @@ def tokens_of(
     table_stride = 0
     page_size = 0
     batch = sequence.key_batch
-    if ADDRESSES == "pages":
+    if sequences.pages is not None:
         pages = sequences.pages
         batch = batch * 0
         stride_page = stride_of(heads.stride_b, ALIGNMENT)

@@ -162,7 +162,7 @@ def median_seconds(call: Callable[[], object]) -> float:
         end.record()
         marks.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+    return float(statistics.median(start.elapsed_time(end) for start, end in marks)) / 1e3
 
 
 def empty_caches_and_hold() -> None:
