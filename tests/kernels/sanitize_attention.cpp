@@ -7,6 +7,11 @@
 #include <memory>
 #include <random>
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "attention_plan.h"
 #include "level.h"
 
@@ -164,6 +169,10 @@ void multiply_once() {
 }  // namespace
 
 int main() {
+#if defined(__AMX_BF16__)
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // as isa.cpp asks for it
+  if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) return 1;
+#endif
   constexpr int CASES = 200;
   for (int i = 0; i < CASES; i++) {
     attend_once();

@@ -4,6 +4,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -14,25 +15,36 @@ COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 SANITIZE = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wno-psabi"]
 
 
-def flags(level: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What setup.py compiles this level with."""
+KERNELS = ("attention_forward", "attention_decode", "attention_backward", "linear")
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py says: the flags of every level, and what the tile unit's level has of its own."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    levels = runpy.run_path(str(ROOT / "setup.py"))["LEVELS"]
-    return next(of_machine[level] for of_machine in levels.values() if level in of_machine)
+    return runpy.run_path(str(ROOT / "setup.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the kernels with sanitizers")
 @pytest.mark.parametrize("level", NATIVE.levels)
-def test_attention_and_linear_stay_inside_their_tensors(
-    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels = ("attention_forward", "attention_decode", "attention_backward", "linear", "scratch")
-    sources = [ROOT / "csrc" / f"{name}.cpp" for name in kernels]
-    command = [
-        *(COMPILER, *SANITIZE, *flags(level, monkeypatch), f"-DTRILBY_LEVEL={level}", f"-I{ROOT / 'csrc'}"),
-        *(str(Path(__file__).with_name("sanitize_attention.cpp")), *map(str, sources), "-o", str(tmp_path / "attend")),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    ran = subprocess.run([tmp_path / "attend"], capture_output=True, text=True, check=False)
+def test_attention_and_linear_stay_inside_their_tensors(level: str, tmp_path: Path, setup: dict[str, Any]) -> None:
+    flags = next(of_machine for of_machine in setup["LEVELS"].values() if level in of_machine)
+    objects = []
+
+    def compile_at(its_level: str, source: Path) -> None:
+        objects.append(str(tmp_path / f"{its_level}_{source.stem}.o"))
+        command = [str(COMPILER), *SANITIZE, *flags[its_level], f"-DTRILBY_LEVEL={its_level}", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
+
+    levels = ("avx512", "amx") if level == "amx" else (level,)  # the tile unit's other kernels are avx512's
+    for its_level in levels:
+        for name in KERNELS:
+            if its_level != "amx" or f"{name}.cpp" in setup["PER_LEVEL_AMX"]:
+                compile_at(its_level, ROOT / "csrc" / f"{name}.cpp")
+    compile_at(levels[0], ROOT / "csrc" / "scratch.cpp")
+    compile_at(level, Path(__file__).with_name("sanitize_attention.cpp"))
+    program = str(tmp_path / "attend")
+    subprocess.run([str(COMPILER), *SANITIZE, *objects, "-o", program], check=True, capture_output=True)
+    ran = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "200 cases\n", "")
