@@ -20,6 +20,8 @@ if importlib.util.find_spec("triton") is None:
 class Interpreter:
     """`trilby.kernels.gpu` in a process of its own: `interpreter.attention(...)` calls and returns as here."""
 
+    rounds_alike = True  # whatever is compiled in: there is one code for all strides
+
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER)],
@@ -67,6 +69,8 @@ def mutant(interpreter):
 
 class Device:
     """`trilby.kernels.gpu` on this machine's GPU, called with tensors of the CPU and returning such."""
+
+    rounds_alike = False  # other strides are other machine code, which adds in another order
 
     def __getattr__(self, name: str):
         from trilby.kernels import gpu
