@@ -130,8 +130,8 @@ class DeviceTimer:
     """The time that passes on a device between two marks in its queue.
 
     Nothing waits for the device before all turns are queued. While it works on what was queued before (the writing that
-    empties its caches, an eighth of a millisecond), the processor queues the turn: its own time is hidden, as it is in
-    a training that keeps the GPU busy, unless launching takes longer than the work.
+    empties its caches, and a millisecond's wait), the processor queues the turn: its own time is hidden, as it is in a
+    training that keeps the GPU busy, unless launching takes longer than that.
 
     Attributes:
         event: Makes a mark: `torch.cuda.Event(enable_timing=True)`, or what has its `record`, `synchronize` and

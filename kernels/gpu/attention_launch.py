@@ -3,11 +3,12 @@
 The tables, each row with its reason, are attention_launch_forward.py and attention_launch_backward.py.
 
 A row serves the targets it names, up to its head dimension and query length; the first row that serves a call is
-taken. Reasons tell what the compiler reports, which the tests check for every row: nothing may spill, and shared memory
-must suffice. They speak of the largest tile of a family that fits, because the fewer tiles, the fewer times keys and
-values are read; which of the tiles that fit is fastest, only a GPU can tell. For sm_90 in half precision one has
-told (H200, PyTorch 2.11, triton 3.6, 4096 tokens): two programs of 4 warps at once beat one of 8 with larger tiles, and
-registers that spill outside of the main loop cost less than tiles too small for the instructions that take 64 rows.
+taken. Reasons tell what the compiler reports, which the tests check for every row: nothing may spill where the row does
+not say so, and shared memory must suffice. They speak of the largest tile of a family that fits, because the fewer
+tiles, the fewer times keys and values are read; which of the tiles that fit is fastest, only a GPU can tell. For sm_90
+in half precision one has told (H200, PyTorch 2.11, triton 3.6, 4096 tokens): two programs of 4 warps at once beat one
+of 8 with larger tiles, and registers that spill outside of the main loop cost less than tiles too small for the
+instructions that take 64 rows.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `attention_launch.py` says how a row is chosen, and what reasons speak of.
 """
 
-from .attention_tiles import CDNA, LARGE, NVIDIA, RDNA, SMALL, AttentionTiles, Row, RowTiles
+from .attention_tiles import BUT_HOPPER, CDNA, LARGE, NVIDIA, RDNA, SMALL, AttentionTiles, Row, RowTiles
 
 # 32 rows of 128 half-precision elements are 32 bytes a thread from each input, two loads of 16.
 BACKWARD_ROWS = RowTiles(32, 8)
@@ -16,13 +16,7 @@ BACKWARD_KEY_VALUE = (
         AttentionTiles(64, 64, 4, 2, products=True),
         "252 registers, 2 programs at once; 10.3 instructions a score, 128 keys in 8 warps 10.2, which spill 2",
     ),
-    Row(
-        ("sm_80", "sm_100", *SMALL),
-        "half",
-        64,
-        AttentionTiles(64, 128, 8, 2),
-        "two accumulators of 128 keys: 238 to 255 registers",
-    ),
+    Row(BUT_HOPPER, "half", 64, AttentionTiles(64, 128, 8, 2), "two accumulators of 128 keys: 238 to 255 registers"),
     Row(("sm_100",), "half", 128, AttentionTiles(64, 128, 8, 2), "accumulators in tensor memory: 255 registers"),
     Row(
         ("sm_90",),
@@ -121,7 +115,7 @@ BACKWARD_KEY_VALUE = (
         scores="rich",
         spills=("sm_90",),
     ),
-    Row(("sm_80", "sm_100", *SMALL), "half", 128, AttentionTiles(32, 32, 8, 2), "255 registers", scores="rich"),
+    Row(BUT_HOPPER, "half", 128, AttentionTiles(32, 32, 8, 2), "255 registers", scores="rich"),
     Row(NVIDIA, "half", 256, AttentionTiles(16, 16, 8, 1), "the smallest tile there is", scores="rich"),
     Row(CDNA, "half", 64, AttentionTiles(32, 64, 4, 1), "307 of 512 registers", scores="rich"),
     Row(CDNA, "half", 128, AttentionTiles(16, 64, 4, 1), "236 registers; 8 waves load by 8 bytes", scores="rich"),

@@ -3,7 +3,7 @@
 `attention_launch.py` says how a row is chosen, and what reasons speak of.
 """
 
-from .attention_tiles import CDNA, LARGE, NVIDIA, RDNA, SMALL, AttentionTiles, Row
+from .attention_tiles import BUT_HOPPER, CDNA, LARGE, NVIDIA, RDNA, SMALL, AttentionTiles, Row
 
 FORWARD = (
     Row(
@@ -15,7 +15,7 @@ FORWARD = (
         q_len=16,
     ),
     Row(
-        ("sm_80", "sm_100", *SMALL),
+        BUT_HOPPER,
         "half",
         256,
         AttentionTiles(16, 32, 8, 2),
@@ -39,7 +39,7 @@ FORWARD = (
         q_len=64,
     ),
     Row(
-        ("sm_80", "sm_100", *SMALL),
+        BUT_HOPPER,
         "half",
         128,
         AttentionTiles(64, 64, 8, 2),
@@ -135,7 +135,7 @@ FORWARD = (
         spills=RDNA,
     ),
     Row(("sm_80", *SMALL, *LARGE), "tf32", 64, AttentionTiles(128, 64, 8, 2), "255 registers on sm_90, 96 KiB"),
-    Row(("sm_80", "sm_100", *SMALL), "tf32", 128, AttentionTiles(64, 32, 8, 2), "of 128 rows 4 to 79 registers spill"),
+    Row(BUT_HOPPER, "tf32", 128, AttentionTiles(64, 32, 8, 2), "of 128 rows 4 to 79 registers spill"),
     Row(("sm_90",), "tf32", 128, AttentionTiles(64, 16, 8, 2), "of 32 keys 7 to 23 registers spill"),
     Row(("sm_80", *LARGE), "tf32", 256, AttentionTiles(32, 32, 8, 2), "254 registers; 64 rows spill on sm_90"),
     Row(SMALL, "tf32", 256, AttentionTiles(32, 16, 8, 2), "70 KiB; 32 keys do not fit"),
@@ -167,14 +167,7 @@ FORWARD = (
         scores="rich",
         spills=("sm_90",),
     ),
-    Row(
-        ("sm_80", "sm_100", *SMALL),
-        "half",
-        256,
-        AttentionTiles(32, 32, 8, 2),
-        "241 registers; 64 rows spill",
-        scores="rich",
-    ),
+    Row(BUT_HOPPER, "half", 256, AttentionTiles(32, 32, 8, 2), "241 registers; 64 rows spill", scores="rich"),
     Row(CDNA, "half", 64, AttentionTiles(64, 64, 4, 1), "322 of 512 registers", scores="rich"),
     Row(CDNA, "half", 128, AttentionTiles(64, 32, 4, 1), "273 registers", scores="rich"),
     Row(CDNA, "half", 256, AttentionTiles(32, 16, 8, 1), "214 registers; 64 rows spill", scores="rich"),
@@ -237,15 +230,7 @@ DECODE = (
         q_len=16,
         scores="any",
     ),
-    Row(
-        ("sm_80", "sm_100", *SMALL),
-        "half",
-        256,
-        AttentionTiles(16, 32, 8, 2),
-        "a token of a few heads",
-        q_len=16,
-        scores="any",
-    ),
+    Row(BUT_HOPPER, "half", 256, AttentionTiles(16, 32, 8, 2), "a token of a few heads", q_len=16, scores="any"),
     Row(
         ("sm_90",),
         "half",
@@ -257,7 +242,7 @@ DECODE = (
         spills=("sm_90",),
     ),
     Row(
-        ("sm_80", "sm_100", *SMALL),
+        BUT_HOPPER,
         "half",
         128,
         AttentionTiles(64, 32, 8, 2, products=True),
@@ -277,15 +262,7 @@ DECODE = (
         scores="any",
         spills=("sm_90",),
     ),
-    Row(
-        ("sm_80", "sm_100", *SMALL),
-        "half",
-        256,
-        AttentionTiles(32, 32, 8, 2),
-        "64 rows spill",
-        q_len=32,
-        scores="any",
-    ),
+    Row(BUT_HOPPER, "half", 256, AttentionTiles(32, 32, 8, 2), "64 rows spill", q_len=32, scores="any"),
     Row(CDNA, "half", 256, AttentionTiles(16, 32, 4, 1), "a token of a few heads", q_len=16, scores="any"),
     Row(CDNA, "half", 128, AttentionTiles(64, 32, 4, 1), "a few tokens of many heads", q_len=64, scores="any"),
     Row(NVIDIA, "tf32", 256, AttentionTiles(16, 16, 8, 1), "a token of a few heads", q_len=16, scores="any"),

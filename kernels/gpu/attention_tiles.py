@@ -61,7 +61,7 @@ class Row:
         reason: Why these.
         q_len: The longest query it serves.
         scores: "plain" products, "rich" ones, which masks, slopes, softcap or dropout change, or "any".
-        spills: Targets where the compiler runs out of registers: right, but slower than a row that did not would be.
+        spills: Targets where the compiler runs out of registers, for want of a tile that is smaller or of one as fast.
     """
 
     targets: tuple[str, ...]
@@ -85,6 +85,7 @@ class BackwardTiles:
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KiB of shared memory a program
+BUT_HOPPER = ("sm_80", "sm_100", *SMALL)  # which has rows of its own
 LARGE = ("sm_90", "sm_100")  # 227 KiB
 CDNA = ("gfx90a", "gfx942")
 RDNA = ("gfx1100",)
