@@ -39,6 +39,7 @@ ONCE = [
     "blocks.cpp",
     "isa.cpp",
     "scratch.cpp",
+    "pages.cpp",
 ]
 X86_V3 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 X86_V4 = [

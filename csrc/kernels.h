@@ -163,4 +163,11 @@ struct Kernels {
 // call to call: mapping a few hundred kilobytes anew costs more than a small attention.
 void* thread_scratch(size_t bytes);
 
+// A large tensor's memory may be new: it has no pages until it is written to, one fault at a time. Asked of the page in
+// the middle, which takes 0.7 us. Where the system can't tell, memory counts as having pages.
+bool has_pages(const void* memory, int64_t bytes);
+
+// Gives memory that is about to be written its pages all at once; where the system can't, writing does it as ever.
+void map_pages(void* memory, int64_t bytes);
+
 }  // namespace trilby

@@ -122,8 +122,7 @@ Passes::InputGradients* input_gradients_of(bool streamed) {
 }
 
 template <class Format>
-Passes passes_of(const NormBackward& call) {
-  const bool streamed = streams<Format>(call.shape, call.grad_stream, call.grad_branch);
+Passes passes_of(const NormBackward& call, bool streamed) {
   const bool more = call.grad_summed.data, dropped = call.grad_branch;
   auto* input = more      ? dropped ? input_gradients_of<Format, true, true>(streamed)
                                     : input_gradients_of<Format, true, false>(streamed)
@@ -201,13 +200,15 @@ void backward(const NormBackward& call, const Threads& threads) {
   const int64_t at_once = norm_task_chunks(chunks, threads.count);
   const float* weight = widened<Format>(call.weight, shape.weight_dtype, width, 1.0f, call.workspace);
   float* partial = call.workspace + width;  // [chunks][2][width]
-  const Passes passes = passes_of<Format>(call);
+  const Results<Format> results(shape, call.grad_stream, call.grad_branch);
+  const Passes passes = passes_of<Format>(call, results.are_streamed());
   deal(ceiling(chunks, at_once), threads, [&](int64_t task) {
     const int64_t last = smaller((task + 1) * at_once, chunks), stop = smaller(last * rows, shape.rows);
     for (int64_t chunk = task * at_once; chunk < last; chunk++) {
       const WeightGradients sums = {partial + 2 * chunk * width, partial + (2 * chunk + 1) * width};
-      const int64_t begin = chunk * rows;
-      backward_of_chunk(call, passes, weight, sums, begin, smaller(begin + rows, shape.rows), stop);
+      const int64_t begin = chunk * rows, end = smaller(begin + rows, shape.rows);
+      results.prepare(begin, end);
+      backward_of_chunk(call, passes, weight, sums, begin, end, stop);
     }
   });
   reduce_weight_gradients<Format>(call, partial, chunks, threads);

@@ -287,11 +287,12 @@ void forward(const NormForward& call, const Threads& threads) {
   const Weights weights = {
       widened<Format>(call.weight, shape.weight_dtype, shape.width, 1.0f, call.workspace),
       widened<Format>(call.bias, shape.weight_dtype, shape.width, 0.0f, call.workspace + shape.width)};
-  const bool streamed = streams<Format>(shape, call.normalized, call.summed);
+  const Results<Format> results(shape, call.normalized, call.summed);
   const int64_t rows = norm_task_rows(shape, threads.count);
   deal(ceiling(shape.rows, rows), threads, [&](int64_t task) {
     const int64_t begin = task * rows, end = smaller(begin + rows, shape.rows);
-    if (streamed) {
+    results.prepare(begin, end);
+    if (results.are_streamed()) {
       Forward<Format, BRANCH, Stores::streamed>(call, weights, begin, end).run();
     } else {
       Forward<Format, BRANCH, Stores::cached>(call, weights, begin, end).run();
