@@ -28,6 +28,8 @@ def all_at_once(hidden, weight, target):
 @pytest.fixture(params=[1, 16 * 4 * 200, 2**25], ids=["chunks of 16 rows", "chunks that do not divide N", "one chunk"])
 def chunk_bytes(request, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(loss_module, "SOFTMAX_BYTES", 3 * 4 * 200)
+    monkeypatch.setattr(loss_module, "ADDED_ROWS", 48)
 
 
 @pytest.mark.parametrize("N", [1, 16, 50])
@@ -71,11 +73,34 @@ def test_the_logits_are_never_held(monkeypatch):
     assert largest_tensor_made(linear_cross_entropy, *arguments) == 16 * 500
 
 
-def test_a_chunk_stays_below_its_bytes_for_every_published_vocabulary():
-    for vocab_size in (65, 50257, 100277):
-        rows = rows_per_chunk(vocab_size)
-        assert rows % 16 == 0
-        assert 0 < rows * vocab_size * 4 <= loss_module.CHUNK_BYTES
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("vocab_size", [65, 50257, 100277])
+@pytest.mark.parametrize("count", [1, 160, 1024, 4096, 100_000])
+def test_chunks_are_equal_and_stay_below_their_bytes(count, vocab_size, itemsize):
+    rows = rows_per_chunk(count, vocab_size, itemsize)
+    chunks = -(-count // rows)
+    assert rows % 16 == 0
+    assert 0 < rows * vocab_size * itemsize <= loss_module.CHUNK_BYTES
+    assert chunks * rows - count < 16 * chunks
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**25], indirect=True)
+def test_what_a_backward_saves_is_overwritten_only_by_the_last_one(chunk_bytes):
+    hidden, weight, target = problem()
+    loss = linear_cross_entropy(hidden, weight, target)
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for tensor, gradient in zip((hidden, weight), once):
+        assert torch.equal(tensor.grad, gradient + gradient + gradient)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_loss_above_what_exp_can_reach_is_finite():
+    hidden, weight = torch.full((1, 1), 1000.0), torch.tensor([[1.0], [-1.0]])
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1])) == 2000.0
 
 
 def test_without_gradients_it_makes_none():

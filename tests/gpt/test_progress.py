@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from trilby.gpt import Step
@@ -26,6 +27,12 @@ def shown(file):
     return file.getvalue()
 
 
+def set_clock(monkeypatch, *seconds):
+    """What the module reads of a clock, one after the other. Its own alone: rich keeps the function that it finds."""
+    clock = SimpleNamespace(monotonic=iter(seconds).__next__)
+    monkeypatch.setattr("trilby.gpt.progress.time", clock)
+
+
 def test_a_step_is_one_line():
     assert describe(STEPS[2]) == "step 50: loss 3.5000, 2,000 tokens/s, validation loss 3.2500"
 
@@ -36,8 +43,7 @@ def test_the_share_of_the_machine_is_said_where_it_is_known():
 
 
 def test_lines_say_how_long_the_rest_will_take(monkeypatch):
-    clock = iter([0.0, 2.0, 4.0, 6.0, 8.0])  # two seconds a call
-    monkeypatch.setattr("trilby.gpt.progress.time.monotonic", lambda: next(clock))
+    set_clock(monkeypatch, 0.0, 2.0, 4.0, 6.0, 8.0)
     lines = shown(io.StringIO()).splitlines()
     assert lines[0].endswith("validation loss 3.2500, 1:40 left")
     assert "left" not in lines[1]
@@ -50,8 +56,7 @@ def test_a_duration_is_said_as_a_user_would(seconds, text):
 
 def test_bytes_are_a_bar_on_a_terminal_and_now_and_then_a_line_in_a_file(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    clock = iter([0.0, 1.0, 6.0, 6.0])
-    monkeypatch.setattr("trilby.gpt.progress.time.monotonic", lambda: next(clock))
+    set_clock(monkeypatch, 0.0, 1.0, 6.0, 6.0)
     file = io.StringIO()
     with byte_progress("tokenizing", file) as on_bytes:
         on_bytes(100, 1000)
