@@ -21,6 +21,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 0.86 (0.79) at 2^18, 0.90 (0.82) at 2^18.6, 1.04 (0.96) at 2^19.6; in bfloat16 0.88 (0.80) at 2^16.6, 1.37 (1.20) at
 # 2^18.2, 1.86 (1.68) at 2^19.6.
 FEWEST_ELEMENTS = {torch.float32: 2**20, torch.bfloat16: 2**18, torch.float16: 2**18}
+# With dropout: PyTorch draws its mask one element after the other, 6 ns each. With the backward, float32: 0.97 at
+# (8, 768), 1.38 at (64, 768), 2.8 at (1024, 768); bfloat16 1.01, 1.51 and 2.6.
+FEWEST_DROPPED = 2**13
 # Two registers of the widest level: the C++ kernels step along a row by as much. Rows of 16: 1.1 (0.67) in float32.
 NARROWEST_ROW = 32
 # Rows that all begin on a line of the cache can be stored past it; others, in float32, gain nothing: 0.88 (1.01) at
@@ -34,26 +37,31 @@ _norm = short_way("norm", tensors=3)
 _add_norm = short_way("add_norm", tensors=5)
 
 
-def _is_small(input: Tensor) -> bool:
+def _is_small(input: Tensor, drops: bool = False) -> bool:
     """The cheapest question first, 0.3 µs; all those of `reasons_for_pytorch` take 2, PyTorch's whole small call 4.
 
     Who watches is told all of them.
     """
-    return input.numel() < FEWEST_ELEMENTS.get(input.dtype, 0) and input.is_cpu and not LIBRARIES
+    fewest = FEWEST_DROPPED if drops else FEWEST_ELEMENTS.get(input.dtype, 0)
+    return input.numel() < fewest and input.is_cpu and not LIBRARIES
 
 
 def reasons_for_pytorch(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    drops: bool = False,
 ) -> tuple[str, ...]:
-    """Every reason why a norm of `input` is PyTorch's to compute; none: trilby computes it."""
+    """Every reason why a norm of `input`, after a dropout or not, is PyTorch's to compute; none: trilby computes it."""
     if not isinstance(normalized_shape, Sequence):
         return (f"normalized_shape is {normalized_shape!r}, not a sequence of sizes",)
     arguments = _described(input, normalized_shape, weight, bias)
     if torch.compiler.is_compiling():  # sizes are symbols there, and the answer a guard
-        return tuple(_reasons(*arguments))
+        return tuple(_reasons(*arguments, drops))
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         return ("autocast, on CUDA, computes norms in float32",)
-    return reasons_of_context() + _remembered_reasons(*arguments)
+    return reasons_of_context() + _remembered_reasons(*arguments, drops)
 
 
 def reasons_against_kernel(
@@ -76,10 +84,11 @@ def _reasons(
     device: torch.device,
     normalized_shape: tuple[int, ...],
     parameters: tuple[Parameter, ...],
+    drops: bool,
 ) -> Iterator[str]:
     yield from _reasons_against_kernel(size, dtype, device, normalized_shape, parameters)
     if device.type == "cpu" and dtype in KERNEL_DTYPES:
-        yield from _reasons_on_cpu(size.numel(), torch.Size(normalized_shape).numel(), dtype)
+        yield from _reasons_on_cpu(size.numel(), torch.Size(normalized_shape).numel(), dtype, drops)
 
 
 def _reasons_against_kernel(
@@ -108,12 +117,13 @@ def _reasons_against_kernel(
         yield f"a row has {width} elements, more than {WIDEST_ROW_ON_GPU}"
 
 
-def _reasons_on_cpu(elements: int, width: int, dtype: torch.dtype) -> Iterator[str]:
-    if elements < FEWEST_ELEMENTS[dtype]:
-        yield f"input has {elements} elements, fewer than {FEWEST_ELEMENTS[dtype]}"
+def _reasons_on_cpu(elements: int, width: int, dtype: torch.dtype, drops: bool) -> Iterator[str]:
+    fewest = FEWEST_DROPPED if drops else FEWEST_ELEMENTS[dtype]
+    if elements < fewest:
+        yield f"input has {elements} elements, fewer than {fewest}"
     if width < NARROWEST_ROW:
         yield f"a row has {width} elements, fewer than {NARROWEST_ROW}"
-    if dtype == torch.float32 and width * dtype.itemsize % LINE_BYTES:
+    if dtype == torch.float32 and width * dtype.itemsize % LINE_BYTES and not drops:
         yield f"a row has {width * dtype.itemsize} bytes, no multiple of {LINE_BYTES}"
 
 
@@ -198,7 +208,7 @@ def _reasons_to_add_first(stream: Tensor, branch: Tensor) -> Iterator[str]:
     """Every reason why `stream + branch` is PyTorch's to compute."""
     if stream.shape != branch.shape:
         yield f"stream is {list(stream.shape)}, and branch {list(branch.shape)}"
-    if stream.dtype != branch.dtype:
+    if stream.dtype != torch.promote_types(stream.dtype, branch.dtype):
         yield f"stream is {stream.dtype}, and branch {branch.dtype}"
     if stream.device != branch.device:
         yield "stream and branch are on different devices"
@@ -227,7 +237,7 @@ def add_layer_norm(
     Args:
         stream: The residual stream, [leading dimensions, *normalized_shape]; float32, bfloat16 or float16 for trilby's
             kernels.
-        branch: What the last block adds to it; same size and dtype.
+        branch: What the last block adds to it; same size, and a dtype that does not widen stream's.
         normalized_shape: The dimensions that make a row.
         weight: [*normalized_shape], in stream's dtype or float32.
         bias: [*normalized_shape], in weight's dtype.
@@ -241,13 +251,15 @@ def add_layer_norm(
         ValueError: If dropout_p is not a probability.
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
-    if _is_small(stream):  # before any other question, or it is slower than the two calls: 0.8 at (8, 32)
+    if _is_small(
+        stream, drops=dropout_p > 0
+    ):  # before any other question, or it is slower than the two calls: 0.8 at (8, 32)
         summed = stream + branch if not dropout_p else _pytorchs_sum(stream, branch, dropout_p)
         return torch.layer_norm(summed, normalized_shape, weight, bias, eps, False), summed
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return layer_norm(summed, normalized_shape, weight, bias, eps), summed
-    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, bias):
+    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, bias, dropout_p > 0):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return hand_over(
             reasons,
@@ -255,6 +267,7 @@ def add_layer_norm(
         ), summed
     seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)
+    branch = branch.to(stream.dtype)  # autocast computes branches in half precision
     results: tuple[Tensor, ...] = _add_norm(stream, branch, weight, bias, seed, dims, True, eps, dropout_p)
     return results[0], results[1]
 
@@ -272,7 +285,7 @@ def add_rms_norm(
     Args:
         stream: The residual stream, [leading dimensions, *normalized_shape]; float32, bfloat16 or float16 for trilby's
             kernels.
-        branch: What the last block adds to it; same size and dtype.
+        branch: What the last block adds to it; same size, and a dtype that does not widen stream's.
         normalized_shape: The dimensions that make a row.
         weight: [*normalized_shape], in stream's dtype or float32.
         eps: What is added to the mean square; the machine epsilon of float32 by default.
@@ -285,18 +298,19 @@ def add_rms_norm(
         ValueError: If dropout_p is not a probability.
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
-    if _is_small(stream):
+    if _is_small(stream, dropout_p > 0):
         summed = stream + branch if not dropout_p else _pytorchs_sum(stream, branch, dropout_p)
         return torch.rms_norm(summed, normalized_shape, weight, eps), summed
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return rms_norm(summed, normalized_shape, weight, eps), summed
-    if reasons := reasons_for_pytorch(stream, normalized_shape, weight):
+    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, None, dropout_p > 0):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return hand_over(reasons, lambda: torch.rms_norm(summed, normalized_shape, weight, eps)), summed
     eps = _rms_eps(eps, stream.dtype)
     seed = draw_seed(dropout_p, stream.device)
     dims = len(normalized_shape)
+    branch = branch.to(stream.dtype)
     results: tuple[Tensor, ...] = _add_norm(stream, branch, weight, None, seed, dims, False, eps, dropout_p)
     return results[0], results[1]
 

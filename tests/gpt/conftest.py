@@ -32,6 +32,7 @@ def config() -> GPTConfig:
 def wide(monkeypatch) -> Iterator[GPTConfig]:
     """A model whose attention, in a batch of 8, is trilby's, and its norms too: however few their elements are."""
     monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
+    monkeypatch.setattr(norm, "FEWEST_DROPPED", 1)
     norm._remembered_reasons.cache_clear()
     yield GPTConfig(block_size=64, vocab_size=29, n_layer=2, n_head=4, n_embd=64)
     norm._remembered_reasons.cache_clear()

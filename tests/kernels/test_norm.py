@@ -19,6 +19,7 @@ needs_kernels = pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.reason or "l
 def every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sends calls to trilby's kernels that PyTorch would be faster for."""
     monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(DTYPES, 0))
+    monkeypatch.setattr(norm, "FEWEST_DROPPED", 1)
     monkeypatch.setattr(norm, "NARROWEST_ROW", 0)
     monkeypatch.setattr(norm, "LINE_BYTES", 1)
     norm._remembered_reasons.cache_clear()

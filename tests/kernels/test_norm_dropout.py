@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from trilby.kernels import add_layer_norm, add_rms_norm, reference
+from trilby.kernels import add_layer_norm, add_rms_norm, norm, reference
 from trilby.kernels.ops import NATIVE
 
 needs_kernels = pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.reason or "loaded")
@@ -117,6 +117,38 @@ def test_checkpointing_recomputes_the_same_gradients() -> None:
         torch.manual_seed(9)
         gradients.append(torch.autograd.grad(run(stream, branch).sum(), (stream, branch)))
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@needs_kernels
+@pytest.mark.parametrize("function", [add_layer_norm, add_rms_norm])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_a_branch_in_half_precision_is_added_to_a_wider_stream(
+    function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, dropout_p: float
+) -> None:
+    stream = torch.randn(ROWS, WIDTH, requires_grad=True)
+    branch = torch.randn(ROWS, WIDTH).to(dtype).requires_grad_()
+    first, second = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    results = []
+    for summand in (branch, branch.float()):
+        torch.manual_seed(6)
+        outputs = function(stream, summand, (WIDTH,), dropout_p=dropout_p)
+        results.append((*outputs, *torch.autograd.grad(outputs, (stream, branch), (first, second))))
+    assert [tensor.dtype for tensor in results[0]] == [torch.float32] * 3 + [dtype]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    narrow = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    assert function(narrow, stream.detach(), (WIDTH,))[1].dtype == torch.float32  # as PyTorch's sum
+
+
+def test_fewer_elements_are_worth_a_kernel_where_a_mask_is_drawn() -> None:
+    def reasons(rows: int, width: int) -> tuple[str, ...]:
+        return norm.reasons_for_pytorch(torch.empty(rows, width), (width,), drops=True)
+
+    assert any("elements, fewer than 8192" in reason for reason in reasons(8, 768))
+    assert any("fewer than 32" in reason for reason in reasons(2**12, 8))
+    if NATIVE.loaded:
+        assert reasons(64, 768) == ()
+        assert reasons(64, 1000) == ()
 
 
 def test_small_calls_use_pytorchs_dropout() -> None:
