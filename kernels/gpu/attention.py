@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .attention_backward import BackwardInputs, attention_backward_rows_call
 from .attention_backward_key_value import attention_backward_key_value_call
 from .attention_backward_query import attention_backward_query_call
 from .attention_check import check_attention, check_results
-from .attention_decode import attention_decode_calls
+from .attention_decode import attention_decode_calls, attention_decode_parts
 from .attention_forward import attention_forward_call
 from .attention_inputs import AttentionInputs
 from .attention_launch import (
@@ -21,6 +22,7 @@ from .attention_launch import (
     attention_forward_tiles,
 )
 from .attention_tiles import AttentionTiles, DecodeTiles
+from .repeat import Work, perform
 from .targets import Target, device_of
 
 
@@ -53,23 +55,38 @@ def attention(
         ValueError: Shapes that do not fit, a head dimension over 256, or a device that has no kernel.
     """
     asked = AttentionOptions(*options)
-    check_attention(query, key, value, asked)
+    numbers = (*asked.numbers, _float32_setting(query.dtype), tiles)
+    output, logsumexp = perform(_attention, (query, key, value, *asked.tensors), numbers)
+    return output, logsumexp
+
+
+def _attention(tensors: Sequence[Any], numbers: Sequence[Any]) -> Work:
+    inputs, target, tiles = _inputs(tensors, numbers)
+    query, value = inputs.query, inputs.value
     B, H, T, _ = query.shape
-    target = device_of(query, "query").target
-    inputs = AttentionInputs(query, key, value, asked, dot_precision(target, query.dtype))
     output = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
     logsumexp = query.new_empty(B, H, T, dtype=torch.float32)
-    if asked.query_starts is not None:  # rows of no sequence
-        output.zero_()
-        logsumexp.fill_(-torch.inf)
     tiles = tiles or attention_tiles(target, inputs)
+    parts: tuple[Tensor, ...] = ()
     if isinstance(tiles, DecodeTiles):
-        calls = attention_decode_calls(inputs, output, logsumexp, tiles)
+        parts = attention_decode_parts(inputs, output, tiles)
+        calls = attention_decode_calls(inputs, output, logsumexp, parts, tiles)
     else:
         calls = (attention_forward_call(inputs, output, logsumexp, tiles),)
-    for call in calls:
-        call.run(query.device)
-    return output, logsumexp
+    fills: list[tuple[Tensor, float]] = []
+    if inputs.options.query_starts is not None:  # rows of no sequence
+        fills = [(output, 0.0), (logsumexp, -torch.inf), *zip(parts, (0.0, -torch.inf))]
+    return Work((output, logsumexp), calls, parts, tuple(fills))
+
+
+def _inputs(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[AttentionInputs, Target, Any]:
+    """What a call reads, checked; where it runs; and the launch parameters that it was given, if any."""
+    query, key, value, *of_options = tensors
+    *others, _, tiles = numbers
+    options = AttentionOptions(*of_options, *others)
+    check_attention(query, key, value, options)
+    target = device_of(query, "query").target
+    return AttentionInputs(query, key, value, options, dot_precision(target, query.dtype)), target, tiles
 
 
 def attention_backward(
@@ -103,30 +120,37 @@ def attention_backward(
             block_table is given.
     """
     asked = AttentionOptions(*options)
-    check_attention(query, key, value, asked)
+    tensors = (query, key, value, *asked.tensors, grad_output, output, logsumexp)
+    numbers = (*asked.numbers, _float32_setting(query.dtype), tiles)
+    grad_query, grad_key, grad_value = perform(_attention_backward, tensors, numbers)
+    return grad_query, grad_key, grad_value
+
+
+def _attention_backward(tensors: Sequence[Any], numbers: Sequence[Any]) -> Work:
+    *of_forward, grad_output, output, logsumexp = tensors
+    forward, target, tiles = _inputs(of_forward, numbers)
+    query, key, value = forward.query, forward.key, forward.value
     check_results(grad_output, query, value, output, logsumexp)
-    if asked.block_table is not None:
+    if forward.options.block_table is not None:
         raise ValueError("block_table is given; keys in blocks have no gradients")
     B, H, T, D = query.shape
     kv_heads, S, value_dim = value.shape[1:]
-    target = device_of(query, "query").target
     grad_query = query.new_empty(B, T, H, D).transpose(1, 2)
     grad_key = key.new_empty(B, S, kv_heads, D).transpose(1, 2)
     grad_value = value.new_empty(B, S, kv_heads, value_dim).transpose(1, 2)
-    if asked.query_starts is not None:  # rows of no sequence
-        for gradient in (grad_query, grad_key, grad_value):
-            gradient.zero_()
-    exponent, delta = query.new_empty(2, B, H, T, dtype=torch.float32)
-    forward = AttentionInputs(query, key, value, asked, dot_precision(target, query.dtype))
+    exponent, delta = (query.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
     inputs = BackwardInputs(forward, grad_output, exponent, delta)
     launch = attention_backward_tiles(target, forward.precision, query.dtype, forward.head_dim, forward.is_plain)
-    for call in (
+    calls = (
         attention_backward_rows_call(output, logsumexp.contiguous(), inputs, launch.rows),
         attention_backward_key_value_call(inputs, grad_key, grad_value, tiles or launch.key_value),
         attention_backward_query_call(inputs, grad_query, tiles or launch.query),
-    ):
-        call.run(query.device)
-    return grad_query, grad_key, grad_value
+    )
+    gradients = (grad_query, grad_key, grad_value)
+    fills: tuple[tuple[Tensor, float], ...] = ()
+    if forward.options.query_starts is not None:  # rows of no sequence
+        fills = tuple((gradient, 0.0) for gradient in gradients)
+    return Work(gradients, calls, (exponent, delta), fills)
 
 
 def attention_tiles(target: Target, inputs: AttentionInputs) -> AttentionTiles | DecodeTiles:
@@ -138,11 +162,15 @@ def attention_tiles(target: Target, inputs: AttentionInputs) -> AttentionTiles |
 
 
 def dot_precision(target: Target, dtype: torch.dtype) -> str:
-    """How float32 matrices multiply: "ieee", or "tf32" if PyTorch is set to it and the target is NVIDIA's.
+    """How float32 matrices multiply: "ieee", or "tf32" if PyTorch is set to it and the target is NVIDIA's."""
+    return "tf32" if _float32_setting(dtype) == "tf32" and target.backend == "cuda" else "ieee"
 
-    `torch.backends.cuda.matmul.fp32_precision` is the setting, and `torch.backends.fp32_precision` its default.
-    """
+
+def _float32_setting(dtype: torch.dtype) -> str:
+    """What `torch.backends.cuda.matmul.fp32_precision`, or its default, says of products of `dtype`."""
+    if dtype != torch.float32:
+        return "ieee"
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
         setting = torch.backends.fp32_precision  # type: ignore[attr-defined]  # torch's annotations lack it
-    return "tf32" if dtype == torch.float32 and setting == "tf32" and target.backend == "cuda" else "ieee"
+    return str(setting)

@@ -125,22 +125,36 @@ def attention_merge_kernel(
     tl.store(logsumexp + statistic, tl.where(is_empty, float("-inf"), shift + tl.log(total)))
 
 
+def splits_of(inputs: AttentionInputs, tiles: DecodeTiles) -> int:
+    """How many programs share the keys of a sequence."""
+    return max(-(-inputs.longest_key // tiles.split_keys), 1)
+
+
+def attention_decode_parts(
+    inputs: AttentionInputs, output: torch.Tensor, tiles: DecodeTiles
+) -> tuple[torch.Tensor, ...]:
+    """What programs that share the keys of `output` [B, H, T, Dv] write: outputs and logsumexps; none if none share."""
+    splits = splits_of(inputs, tiles)
+    if splits == 1:
+        return ()
+    batch, heads, q_len, value_dim = output.shape
+    return (
+        output.new_empty(splits, batch, q_len, heads, value_dim, dtype=torch.float32),
+        output.new_empty(splits, batch, heads, q_len, dtype=torch.float32),
+    )
+
+
 def attention_decode_calls(
-    inputs: AttentionInputs, output: torch.Tensor, logsumexp: torch.Tensor, tiles: DecodeTiles
+    inputs: AttentionInputs,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    parts: tuple[torch.Tensor, ...],
+    tiles: DecodeTiles,
 ) -> tuple[Call, ...]:
     """The launches that fill `output` [B, H, T, Dv] and `logsumexp` [B, H, T] (float32, natural logarithm)."""
-    batch, heads, q_len, value_dim = output.shape
-    splits = max(triton.cdiv(inputs.longest_key, tiles.split_keys), 1)
-    split_rows = batch * heads * q_len
-    parts = (output, logsumexp)
-    if splits > 1:
-        parts = (
-            output.new_empty(splits, batch, q_len, heads, value_dim, dtype=torch.float32),
-            logsumexp.new_empty(splits, batch, heads, q_len),
-        )
-        if inputs.options.query_starts is not None:  # rows of no sequence
-            parts[0].zero_()
-            parts[1].fill_(-torch.inf)
+    _, heads, q_len, value_dim = output.shape
+    splits, split_rows = splits_of(inputs, tiles), logsumexp.numel()
+    parts = parts or (output, logsumexp)
     decode = Call(
         kernel=attention_decode_kernel,
         grid=(inputs.sequences * inputs.key.shape[1] * splits,),

@@ -28,17 +28,29 @@ class Call:
     options: Mapping[str, int]
     makes_descriptors: bool = False
 
-    def run(self, device: torch.device) -> None:
-        """Launch on `device`; an empty grid is no launch."""
+    def run(self, device: torch.device) -> Any:
+        """Launch on `device`; an empty grid is no launch.
+
+        Returns:
+            The compiled kernel; None where there was no launch, or it was interpreted.
+        """
         if 0 in self.grid:
-            return
+            return None
         with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
             # Contraction of a * b + c is what a GPU does by default; triton 3.9 warns unless it is asked for.
             launch = partial(self.kernel[self.grid], **self.arguments, **self.options, enable_fp_fusion=True)
             if self.makes_descriptors:
-                copy_context().run(_launch_with_memory, launch, device)
-            else:
-                launch()
+                return copy_context().run(_launch_with_memory, launch, device)
+            return launch()
+
+    def again(self, compiled: Any) -> Callable[..., Any]:
+        """What launches once more, past Triton's look at every argument; `run` returned `compiled`."""
+        launch: Callable[..., Any] = self.kernel[self.grid] if compiled is None else compiled[(*self.grid, 1, 1)[:3]]
+        return launch
+
+    def in_order(self) -> list[Any]:
+        """The arguments as the kernel has them."""
+        return [self.arguments[name] for name in self.kernel.arg_names]
 
 
 def is_current(device: torch.device) -> bool:
@@ -46,7 +58,7 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
-def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> None:
+def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> object:
     """Launch what makes tensor descriptors: Triton asks for memory to write them to, 128 bytes each.
 
     The user's own allocator stays. Since triton 3.5 it belongs to the context, of which this runs in a copy; in 3.4
@@ -59,7 +71,7 @@ def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> N
 
     triton.set_allocator(allocate)
     try:
-        launch()
+        return launch()
     finally:
         if before is not None and not isinstance(before, ContextVar):
             triton.set_allocator(before)

@@ -15,7 +15,7 @@ from ..options import AttentionOptions
 from .attention_backward import BackwardInputs, attention_backward_rows_call
 from .attention_backward_key_value import attention_backward_key_value_call
 from .attention_backward_query import attention_backward_query_call
-from .attention_decode import attention_decode_calls
+from .attention_decode import attention_decode_calls, attention_decode_parts
 from .attention_forward import attention_forward_call
 from .attention_inputs import AttentionInputs
 from .attention_launch_backward import BACKWARD_KEY_VALUE, BACKWARD_QUERY, BACKWARD_ROWS
@@ -96,13 +96,16 @@ class AttentionShape:
 
     def decode(self, tiles: AttentionTiles) -> Call:
         """The launch that splits the keys."""
-        output = _meta(BATCH, LENGTH, HEADS, self.head_dim, dtype=self.dtype).transpose(1, 2)
-        return attention_decode_calls(self._inputs(), output, self._statistics(), DecodeTiles(tiles, 512))[0]
+        return self._decode_calls(DecodeTiles(tiles, 512))[0]
 
     def merge(self) -> Call:
         """The launch that merges what the splits found."""
-        tiles = DecodeTiles(AttentionTiles(16, 64, 4, 1), 512)
-        return attention_decode_calls(self._inputs(), self.heads(), self._statistics(), tiles)[1]
+        return self._decode_calls(DecodeTiles(AttentionTiles(16, 64, 4, 1), 512))[1]
+
+    def _decode_calls(self, tiles: DecodeTiles) -> tuple[Call, ...]:
+        inputs, output = self._inputs(), self.heads()
+        parts = attention_decode_parts(inputs, output, tiles)
+        return attention_decode_calls(inputs, output, self._statistics(), parts, tiles)
 
     def key_value(self, tiles: AttentionTiles) -> Call:
         """The launch for the gradients of key and value."""

@@ -68,6 +68,16 @@ def trying(measured: Measured) -> Iterator[None]:
         _trial.reset(token)
 
 
+def is_trying() -> bool:
+    """Whether a candidate is tried right now."""
+    return _trial.get() is not None
+
+
+def file_in_force() -> str | None:
+    """The file whose launch parameters hold; None: there is none."""
+    return os.environ.get(VARIABLE)
+
+
 def measured_numbers(place: Place) -> Mapping[str, int] | None:
     """The launch parameters measured in place of a table's row; None: the row's own hold.
 
@@ -77,7 +87,7 @@ def measured_numbers(place: Place) -> Mapping[str, int] | None:
     trial = _trial.get()
     if trial is not None and trial.place == place:
         return trial.numbers
-    path = os.environ.get(VARIABLE)
+    path = file_in_force()
     found = _file(path).get(place) if path else None
     return None if found is None else found.numbers
 

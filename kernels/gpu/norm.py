@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from .norm_backward import NormGradients, NormInputs, column_sums_call, norm_backward_calls, parts_of
 from .norm_forward import Dropout, NormResults, norm_forward_call
 from .norm_launch import NormTiles, norm_backward_tiles, norm_forward_tiles
+from .repeat import Work, perform
 from .targets import device_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,9 +48,8 @@ def norm(
         TypeError: A dtype that is none of the three.
         ValueError: Shapes that do not fit, or a device that has no kernel.
     """
-    normalized, _, mean, rstd = _forward(
-        input, None, weight, bias, Dropout(None, 0.0), normalized_dims, centered, eps, tiles
-    )
+    tensors = (input, None, weight, bias, None)
+    normalized, _, mean, rstd = perform(_forward, tensors, (normalized_dims, centered, eps, 0.0, tiles))
     return normalized, mean, rstd
 
 
@@ -88,8 +90,9 @@ def add_norm(
         raise ValueError(f"branch has shape {tuple(branch.shape)} and stream {tuple(stream.shape)}; they must be equal")
     if branch.dtype != stream.dtype:
         raise TypeError(f"branch is {branch.dtype} and stream is {stream.dtype}; they must be the same")
-    dropout = Dropout(seed, dropout_p)
-    return _forward(stream, branch, weight, bias, dropout, normalized_dims, centered, eps, tiles)
+    tensors = (stream, branch, weight, bias, seed)
+    normalized, summed, mean, rstd = perform(_forward, tensors, (normalized_dims, centered, eps, dropout_p, tiles))
+    return normalized, summed, mean, rstd
 
 
 def norm_backward(
@@ -129,6 +132,16 @@ def norm_backward(
     Raises:
         TypeError, ValueError: As `norm`; or a gradient is not like what it is the gradient of.
     """
+    tensors = (grad_normalized, grad_summed, summed, mean, rstd, weight, bias, seed)
+    grad_stream, grad_branch, grad_weight, grad_bias = perform(
+        _backward, tensors, (normalized_dims, centered, dropout_p, tiles)
+    )
+    return grad_stream, grad_branch, grad_weight, grad_bias
+
+
+def _backward(tensors: Sequence[Any], numbers: Sequence[Any]) -> Work:
+    grad_normalized, grad_summed, summed, mean, rstd, weight, bias, seed = tensors
+    normalized_dims, centered, dropout_p, tiles = numbers
     check_norm(summed, weight, bias, normalized_dims)
     for name, gradient in (("grad_normalized", grad_normalized), ("grad_summed", grad_summed)):
         if gradient is not None and gradient.shape != summed.shape:
@@ -141,9 +154,10 @@ def norm_backward(
     absent = summed.new_empty(0)
     grad_stream = torch.empty_like(summed, memory_format=torch.contiguous_format)
     grad_branch = absent if seed is None else torch.empty_like(grad_stream)
-    grad_weight = absent if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_weight = absent.clone() if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = absent.clone() if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     parts = rows.new_empty(2, parts_of(M, N, tiles), N, dtype=torch.float32)
+    weight_parts, bias_parts = parts
     calls = norm_backward_calls(
         NormInputs(
             as_rows(grad_normalized, normalized_dims),
@@ -156,8 +170,8 @@ def norm_backward(
         NormGradients(
             grad_stream,
             None if seed is None else grad_branch,
-            None if weight is None else parts[0],
-            None if bias is None else parts[1],
+            None if weight is None else weight_parts,
+            None if bias is None else bias_parts,
         ),
         Dropout(seed, dropout_p),
         tiles,
@@ -166,40 +180,29 @@ def norm_backward(
         calls.append(
             column_sums_call(parts, None if weight is None else grad_weight, None if bias is None else grad_bias)
         )
-    for call in calls:
-        call.run(summed.device)
-    return grad_stream, grad_branch, grad_weight, grad_bias
+    return Work((grad_stream, grad_branch, grad_weight, grad_bias), calls, (parts, weight_parts, bias_parts))
 
 
-def _forward(
-    stream: Tensor,
-    branch: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout: Dropout,
-    normalized_dims: int,
-    centered: bool,
-    eps: float,
-    tiles: NormTiles | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(tensors: Sequence[Any], numbers: Sequence[Any]) -> Work:
+    stream, branch, weight, bias, seed = tensors
+    normalized_dims, centered, eps, dropout_p, tiles = numbers
     check_norm(stream, weight, bias, normalized_dims)
     leading = stream.shape[: stream.dim() - normalized_dims]
     normalized = torch.empty_like(stream, memory_format=torch.contiguous_format)
     summed = torch.empty_like(normalized) if branch is not None else normalized.new_empty(0)
     mean = normalized.new_empty(leading if centered else (0,), dtype=torch.float32)
     rstd = normalized.new_empty(leading, dtype=torch.float32)
-    stream_rows = as_rows(stream, normalized_dims)
-    results = NormResults(normalized, summed if branch is not None else None, mean if centered else None, rstd)
-    norm_forward_call(
-        stream_rows,
+    rows = as_rows(stream, normalized_dims)
+    call = norm_forward_call(
+        rows,
         None if branch is None else as_rows(branch, normalized_dims),
         (_flat(weight), _flat(bias)),
-        dropout,
+        Dropout(seed, dropout_p),
         eps,
-        results,
-        tiles or norm_forward_tiles(device_of(stream, "input"), stream_rows.shape[1], dropout.seed is not None),
-    ).run(stream.device)
-    return normalized, summed, mean, rstd
+        NormResults(normalized, summed if branch is not None else None, mean if centered else None, rstd),
+        tiles or norm_forward_tiles(device_of(stream, "input"), rows.shape[1], seed is not None),
+    )
+    return Work((normalized, summed, mean, rstd), (call,))
 
 
 def as_rows(tensor: Tensor, normalized_dims: int) -> Tensor:

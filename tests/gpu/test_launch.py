@@ -12,7 +12,7 @@ from trilby.kernels.gpu.attention import attention_tiles, dot_precision
 from trilby.kernels.gpu.attention_backward import BackwardInputs, attention_backward_rows_call
 from trilby.kernels.gpu.attention_backward_key_value import attention_backward_key_value_call
 from trilby.kernels.gpu.attention_backward_query import attention_backward_query_call
-from trilby.kernels.gpu.attention_decode import attention_decode_calls
+from trilby.kernels.gpu.attention_decode import attention_decode_calls, attention_decode_parts
 from trilby.kernels.gpu.attention_forward import attention_forward_call
 from trilby.kernels.gpu.attention_inputs import AttentionInputs
 from trilby.kernels.gpu.compile import source_of
@@ -140,7 +140,8 @@ def forward_calls(T, D, feature=""):
     inputs, output, logsumexp = attention_inputs(T, D, feature), heads(T, D), torch.empty(1, 2, T)
     tiles = attention_tiles(TARGETS["sm_90"], inputs)
     if isinstance(tiles, attention_launch.DecodeTiles):
-        return attention_decode_calls(inputs, output, logsumexp, tiles)
+        parts = attention_decode_parts(inputs, output, tiles)
+        return attention_decode_calls(inputs, output, logsumexp, parts, tiles)
     return (attention_forward_call(inputs, output, logsumexp, tiles),)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from trilby.kernels import attend, reference, scaled_dot_product_attention, varlen_attn
@@ -57,6 +58,26 @@ def test_ordinary_is_a_plain_tensor_or_parameter_in_no_mode() -> None:
     seen = []
     torch.vmap(lambda row: seen.append(is_ordinary(row)) or row)(torch.randn(2, 2))
     assert seen == [False]
+
+
+def test_a_tensor_of_a_gpu_that_is_not_there_is_not_ordinary() -> None:
+    with FakeTensorMode():
+        pretended = torch.empty(4, device="cuda")
+    assert not is_ordinary(pretended, on_gpu=True)
+    assert not is_ordinary(pretended)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to be ordinary on")
+def test_on_a_gpu_both_ways_give_the_same_bits() -> None:
+    tensors = tuple(tensor.cuda().requires_grad_() for tensor in inputs())
+    assert is_ordinary(*tensors, on_gpu=True)
+    assert not is_ordinary(*tensors)
+    assert not is_ordinary(tensors[0], torch.empty(1), on_gpu=True)
+    arguments = (*tensors, *reference.AttentionOptions.plain(True, 0.2))
+    short, full = short_way("attention", 10)(*arguments)[0], torch.ops.trilby.attention(*arguments)[0]
+    assert torch.equal(short, full)
+    for a, b in zip(*(torch.autograd.grad(output.square().sum(), tensors) for output in (short, full))):
+        assert torch.equal(a, b)
 
 
 def test_a_dispatch_mode_sees_the_operator() -> None:
