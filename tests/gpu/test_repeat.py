@@ -1,9 +1,16 @@
 """A call that is repeated gives the bits that it gives when everything is found out anew, wherever its tensors lie."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import triton
+from trilby.kernels import gpu
 from trilby.kernels.gpu.attention_tiles import AttentionTiles, DecodeTiles
+from trilby.kernels.gpu.targets import TARGETS, Device
 from trilby.kernels.options import AttentionOptions
+from triton.backends.compiler import GPUTarget
 
 SMALL = AttentionTiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
 SPLIT = DecodeTiles(SMALL, split_keys=16)
@@ -171,3 +178,72 @@ def test_a_repeated_call_to_which_a_mistake_was_put_is_found(mutant):
     for _ in range(2):
         kernels.norm(x, None, None, 1, True, 1e-5)
     assert not torch.equal(kernels.norm(y, None, None, 1, True, 1e-5)[1], y.mean(-1))
+
+
+class PretendedDriver:
+    """A GPU that compiles for sm_90 and only writes down what it should launch."""
+
+    def __init__(self):
+        self.launched = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 64, 0, 1024),
+            unload_module=lambda _: None,
+            get_device_properties=lambda _: {"max_shared_mem": TARGETS["sm_90"].shared_memory},
+        )
+
+    def launcher_cls(self, _source, _metadata):
+        def launch(x, y, z, stream, function, metadata, _of_hooks, _before, _after, *arguments):
+            self.launched.append(((x, y, z), stream, function, metadata, *arguments))
+
+        return launch
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """What is launched on a GPU that is not here, by tensors of the CPU."""
+    driver = PretendedDriver()
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    for module in ("norm", "attention"):
+        where = sys.modules[f"trilby.kernels.gpu.{module}"]
+        monkeypatch.setattr(where, "device_of", lambda *_: Device(TARGETS["sm_90"], 132))
+    gpu.forget()
+    yield driver
+    gpu.forget()
+    triton.runtime.driver._active = before
+
+
+def described(arguments, known):
+    """Arguments of a launch: known tensors by name, others by what Triton compiles in."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield tuple(described(argument, known))
+        elif isinstance(argument, torch.Tensor):
+            yield known.get(argument.data_ptr(), (argument.dtype, argument.data_ptr() % 16))
+        else:
+            yield argument
+
+
+@pytest.mark.parametrize("case", ["norm", "add_norm", "norm_backward", "plain", "dropout, ALiBi", "decode"])
+def test_what_is_launched_again_is_what_was_launched(pretended, case):
+    name, arguments, _ = CASES[case]
+    launches = []
+    for seed in range(4):
+        inputs = arguments(seed)
+        results = getattr(gpu, name)(*inputs)
+        tensors = [tensor for tensor in (*inputs, *results) if isinstance(tensor, torch.Tensor) and tensor.numel()]
+        known = {tensor.data_ptr(): f"tensor {i}" for i, tensor in enumerate(tensors)}
+        launches.append([tuple(described(launch, known)) for launch in pretended.launched])
+        pretended.launched.clear()
+    assert gpu.count_repeatable() == 1
+    assert launches[0]
+    assert launches[0] == launches[1] == launches[2] == launches[3]
