@@ -114,7 +114,9 @@ class Pattern(NamedTuple):
             for i, item in enumerate(items)
             if isinstance(item, tuple)
         ]
-        return cls(make, items, tuple(places), tuple(inner))
+        # Not the tensors themselves: they would never be freed.
+        constants = [None if isinstance(item, (Tensor, tuple)) else item for item in items]
+        return cls(make, constants, tuple(places), tuple(inner))
 
     def filled(self, tensors: Sequence[Tensor | None]) -> Any:
         """The arguments with `tensors` in their places."""

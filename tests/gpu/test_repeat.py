@@ -1,6 +1,8 @@
 """A call that is repeated gives the bits that it gives when everything is found out anew, wherever its tensors lie."""
 
+import gc
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -172,12 +174,14 @@ def test_all_are_forgotten_when_there_are_many(kernels):
     assert kernels.count_repeatable() == 0
 
 
-def test_a_repeated_call_to_which_a_mistake_was_put_is_found(mutant):
-    kernels = mutant("repeat", "items[i] = tensors[slot]", "pass")
-    x, y = torch.randn(6, 48), torch.randn(6, 48)
-    for _ in range(2):
-        kernels.norm(x, None, None, 1, True, 1e-5)
-    assert not torch.equal(kernels.norm(y, None, None, 1, True, 1e-5)[1], y.mean(-1))
+def test_a_number_that_does_not_count_is_found(mutant):
+    kernels = mutant("repeat", "key = (prepare, numbers, ", "key = (prepare, ")
+    x = torch.randn(6, 48)
+    near, _, repeated = (kernels.norm(x, None, None, 1, True, eps)[0] for eps in (1e-5, 1e-5, 1.0))
+    kernels.forget()
+    far = kernels.norm(x, None, None, 1, True, 1.0)[0]
+    assert torch.equal(repeated, near)
+    assert not torch.equal(repeated, far)
 
 
 class PretendedDriver:
@@ -207,10 +211,13 @@ class PretendedDriver:
         return GPUTarget("cuda", 90, 32)
 
 
+DRIVER = PretendedDriver()  # kernels that were compiled for one driver are launched by it ever after
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """What is launched on a GPU that is not here, by tensors of the CPU."""
-    driver = PretendedDriver()
+    driver = DRIVER
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     for module in ("norm", "attention"):
@@ -218,6 +225,7 @@ def pretended(monkeypatch):
         monkeypatch.setattr(where, "device_of", lambda *_: Device(TARGETS["sm_90"], 132))
     gpu.forget()
     yield driver
+    driver.launched.clear()
     gpu.forget()
     triton.runtime.driver._active = before
 
@@ -247,3 +255,17 @@ def test_what_is_launched_again_is_what_was_launched(pretended, case):
     assert gpu.count_repeatable() == 1
     assert launches[0]
     assert launches[0] == launches[1] == launches[2] == launches[3]
+
+
+def test_no_tensor_is_kept(pretended):
+    kept = []
+    for seed in range(4):
+        inputs = attention("dropout, ALiBi")[1](seed)
+        results = gpu.attention(*inputs)
+        tensors = [tensor for tensor in (*inputs, *results) if isinstance(tensor, torch.Tensor)]
+        kept += [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        pretended.launched.clear()
+    del inputs, results, tensors
+    gc.collect()
+    assert gpu.count_repeatable() == 1
+    assert not [storage for storage in kept if storage() is not None]
