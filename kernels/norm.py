@@ -251,9 +251,7 @@ def add_layer_norm(
         ValueError: If dropout_p is not a probability.
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
-    if _is_small(
-        stream, drops=dropout_p > 0
-    ):  # before any other question, or it is slower than the two calls: 0.8 at (8, 32)
+    if _is_small(stream, dropout_p > 0):  # before any other question, or it is slower than two calls: 0.8 at (8, 32)
         summed = stream + branch if not dropout_p else _pytorchs_sum(stream, branch, dropout_p)
         return torch.layer_norm(summed, normalized_shape, weight, bias, eps, False), summed
     if any(_reasons_to_add_first(stream, branch)):

@@ -82,7 +82,7 @@ def _attention(tensors: Sequence[Any], numbers: Sequence[Any]) -> Work:
 def _inputs(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[AttentionInputs, Target, Any]:
     """What a call reads, checked; where it runs; and the launch parameters that it was given, if any."""
     query, key, value, *of_options = tensors
-    *others, _, tiles = numbers
+    *others, _setting, tiles = numbers  # the setting is there to tell calls apart: `dot_precision` asks for it
     options = AttentionOptions(*of_options, *others)
     check_attention(query, key, value, options)
     target = device_of(query, "query").target

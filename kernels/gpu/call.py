@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ class Call:
         """
         if 0 in self.grid:
             return None
-        with contextlib.nullcontext() if is_current(device) else torch.cuda.device(device):
+        with entered(device):
             # Contraction of a * b + c is what a GPU does by default; triton 3.9 warns unless it is asked for.
             launch = partial(self.kernel[self.grid], **self.arguments, **self.options, enable_fp_fusion=True)
             if self.makes_descriptors:
@@ -53,9 +53,10 @@ class Call:
         return [self.arguments[name] for name in self.kernel.arg_names]
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether launches go to `device` as it is: to enter where one is takes as long as a third of a launch."""
-    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+def entered(device: torch.device) -> AbstractContextManager[None]:
+    """Within it launches go to `device`. To enter where one is already would take as long as a third of a launch."""
+    is_current = device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 def _launch_with_memory(launch: Callable[[], object], device: torch.device) -> object:

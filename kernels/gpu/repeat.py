@@ -7,15 +7,15 @@ its kernels launched as they were compiled, with the new tensors in the old ones
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import Call, is_current
+from .call import Call, entered
 from .measured import file_in_force, is_trying
 
 # Decoding to a growing cache is another call with every token: all are forgotten when there are so many.
@@ -23,8 +23,15 @@ MOST_KNOWN = 4096
 
 Address = tuple[int, torch.dtype]
 
-_known: dict[tuple[Any, ...], Repetition | None] = {}  # None: seen once, or never to be repeated
-_unrepeatable: set[tuple[Any, ...]] = set()
+
+class Seen(Enum):
+    """What is known of a call that is found out anew."""
+
+    ONCE = 1
+    OFTEN = 2  # and it can't be repeated
+
+
+_known: dict[tuple[Any, ...], Repetition | Seen] = {}
 
 
 @dataclass(frozen=True)
@@ -56,34 +63,29 @@ def perform(
 ) -> tuple[Tensor, ...]:
     """The results of `prepare(tensors, numbers)`, which must depend on nothing else but on settings among `numbers`."""
     key = (prepare, numbers, file_in_force(), *[None if tensor is None else _place(tensor) for tensor in tensors])
-    repetition = None if is_trying() else _known.get(key)
-    if repetition is not None:
-        return repetition(tensors)
+    known = None if is_trying() else _known.get(key)
+    if isinstance(known, Repetition):
+        return known(tensors)
     work = prepare(tensors, numbers)
     device = next(tensor.device for tensor in tensors if tensor is not None)
     launched = work.do(device)
-    if is_trying():
-        return work.results
-    if key not in _known:
+    if known is Seen.ONCE:
+        _known[key] = Repetition.of(work, tensors, launched, device) or Seen.OFTEN
+    elif known is None and not is_trying():
         if len(_known) >= MOST_KNOWN:
             forget()
-        _known[key] = None
-    elif key not in _unrepeatable:
-        _known[key] = repetition = Repetition.of(work, tensors, launched, device)
-        if repetition is None:
-            _unrepeatable.add(key)
+        _known[key] = Seen.ONCE
     return work.results
 
 
 def count_repeatable() -> int:
     """How many calls are known well enough to be repeated."""
-    return sum(repetition is not None for repetition in _known.values())
+    return sum(isinstance(known, Repetition) for known in _known.values())
 
 
 def forget() -> None:
     """Have every call find out anew."""
     _known.clear()
-    _unrepeatable.clear()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -134,8 +136,8 @@ class Made(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
-    base: int | None  # which of all tensors
-    offset: int
+    base: int | None  # which of all tensors; None: memory of its own
+    offset: int  # in the base's storage
 
     def tensor(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """Such a tensor."""
@@ -184,16 +186,8 @@ class Repetition:
         made = []
         for i, tensor in enumerate(mine, len(tensors)):
             base = bases[tensor.untyped_storage().data_ptr()] if tensor.numel() else i
-            whole = base == i
-            made.append(
-                Made(
-                    tensor.shape,
-                    tensor.stride(),
-                    tensor.dtype,
-                    None if whole else base,
-                    0 if whole else int(tensor.storage_offset()),
-                )
-            )
+            place = None if base == i else base
+            made.append(Made(tensor.shape, tensor.stride(), tensor.dtype, place, int(tensor.storage_offset())))
         fills = tuple((number[id(tensor)], value) for tensor, value in work.fills)
         return cls(device, tuple(made), len(work.results), fills, launches)
 
@@ -204,7 +198,7 @@ class Repetition:
             everything.append(made.tensor(everything, self.device))
         for slot, value in self.fills:
             everything[slot].fill_(value)  # type: ignore[union-attr]
-        with contextlib.nullcontext() if is_current(self.device) else torch.cuda.device(self.device):
+        with entered(self.device):
             for start, pattern in self.launches:
                 start(*pattern.filled(everything))
         first = len(tensors)
