@@ -27,8 +27,9 @@ PER_LEVEL = [
     "gelu.cpp",
     "level.cpp",
 ]
-# What the tile unit gains something for; all else at that level is avx512's.
-PER_LEVEL_AMX = ["attention_forward.cpp", "attention_backward.cpp", "tile_check.cpp", "level.cpp"]
+# What the levels for bf16 gain something for; all else is avx512's there, too.
+PER_BF16_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "level.cpp"]
+SOURCES = {"avx512bf16": PER_BF16_LEVEL, "amx": [*PER_BF16_LEVEL, "tile_check.cpp"]}
 ONCE = [
     "bindings_attention.cpp",
     "bindings_norm.cpp",
@@ -51,12 +52,13 @@ X86_V4 = [
     "-mavx512vl",
     "-mprefer-vector-width=512",
 ]
+BF16 = [*X86_V4, "-mavx512bf16"]
 # Without exceptions: what is to be undone would name a symbol that every level shares; scratch memory is there before.
-AMX = [*X86_V4, "-fno-exceptions", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AMX = [*BF16, "-fno-exceptions", "-mamx-tile", "-mamx-bf16"]
 # Optimized no further than a third less of compiling allows: x86-64 without AVX2 has not been made for ten years.
 X86_V2 = ["-march=x86-64-v2", "-O1"]
 LEVELS = {
-    "x86_64": {"baseline": X86_V2, "avx2": X86_V3, "avx512": X86_V4, "amx": AMX},
+    "x86_64": {"baseline": X86_V2, "avx2": X86_V3, "avx512": X86_V4, "avx512bf16": BF16, "amx": AMX},
     "aarch64": {"baseline": []},
 }
 COMMON = [
@@ -72,16 +74,27 @@ COMMON = [
 # gcc 12 takes its own _mm512_undefined for a mistake, and notes that vectors have no common ABI, which nothing exports;
 # clang knows no such warnings.
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
+# An instruction of each level that not every compiler knows, nor its assembler: gcc 11, clang 11 and binutils 2.35 know
+# both. Leave to use the tile unit is asked of Linux.
+NEWEST = {"avx512bf16": "vdpbf16ps %zmm0, %zmm0, %zmm0"} | ({"amx": "tilerelease"} if sys.platform == "linux" else {})
 TORCH_2_10 = "0x020a000000000000"  # the oldest torch whose stable ABI has parallel_for
 
 
-def knows_tiles(compiler: str, flags: list[str]) -> bool:
-    """Whether `compiler` and its assembler know AMX: gcc 11, clang 11 and binutils 2.35 do, on Linux."""
-    if sys.platform != "linux":
-        return False
-    source = 'int main() { asm volatile("tilerelease"); }'
+def knows(compiler: str, flags: list[str], instruction: str) -> bool:
+    """Whether `compiler` takes `flags`, and its assembler `instruction`."""
+    source = f'int main() {{ asm volatile("{instruction}"); }}'
     command = [compiler, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
     return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
+
+
+def levels_of(compiler: str) -> dict[str, list[str]]:
+    """The levels of this kind of machine that `compiler` can build, and the flags of each."""
+    levels = LEVELS.get(platform.machine(), {"baseline": []})
+    return {
+        level: flags
+        for level, flags in levels.items()
+        if level not in SOURCES or (level in NEWEST and knows(compiler, flags, NEWEST[level]))
+    }
 
 
 class BuildOptionalExtension(build_ext):
@@ -127,15 +140,13 @@ class BuildOptionalExtension(build_ext):
                     variables={"flags": " ".join(flags)},
                 )
 
-            levels = dict(LEVELS.get(platform.machine(), {"baseline": []}))
-            if "amx" in levels and not knows_tiles(compiler, levels["amx"]):
-                del levels["amx"]
-            built = ["-DTRILBY_HAS_AMX"] if "amx" in levels else []
+            levels = levels_of(compiler)
+            built = [f"-DTRILBY_HAS_{level.upper()}" for level in SOURCES if level in levels]
             for source in ONCE:
                 target = [f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *includes] if source.startswith("bindings") else []
                 compile_source(source, Path(source).stem, [*COMMON, *built, *target])
             for level, flags in levels.items():
-                for source in PER_LEVEL_AMX if level == "amx" else PER_LEVEL:
+                for source in SOURCES.get(level, PER_LEVEL):
                     compile_source(source, f"{level}/{Path(source).stem}", [*COMMON, *flags, f"-DTRILBY_LEVEL={level}"])
             libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
             ninja.build(str(output), "link", objects, variables={"flags": " ".join(libraries)})

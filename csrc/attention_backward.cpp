@@ -351,7 +351,7 @@ void backward(const AttentionBackward& problem, const Threads& threads) {
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 void attention_backward(const AttentionBackward& problem, const Threads& threads) {
   if (!multiplied_by_tiles(problem.shape)) return avx512::attention_backward(problem, threads);
   backward<BFloat16>(problem, threads);

@@ -226,7 +226,7 @@ void forward(const AttentionForward& problem, const Threads& threads) {
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 void attention_forward(const AttentionForward& problem, const Threads& threads) {
   if (!multiplied_by_tiles(problem.shape)) return avx512::attention_forward(problem, threads);
   forward<BFloat16>(problem, threads);

@@ -1,4 +1,5 @@
-// What attention multiplies, forward and backward, on the tile unit: what attention_vectors.h is to vectors of floats.
+// What attention multiplies, forward and backward, in bf16, on the tile unit or by vectors of pairs: what
+// attention_vectors.h is to vectors of floats.
 //
 // Queries, keys, values, and whatever else is multiplied stay bf16, and so do probabilities and their gradients,
 // rounded as PyTorch's kernel does; scores and sums are float32. A left operand has its steps side by side, a right
@@ -12,6 +13,7 @@ namespace trilby::TRILBY_LEVEL {
 
 // Head dimensions below this leave so much of a tile's 32 steps empty that vectors multiply as fast: D / 2 cycles for
 // 16 scores (two multiply-adds a cycle), and a tile 1 and its way out of 2. By the count of instructions, not measured.
+// Vectors of pairs multiply no empty steps, but rows are copied with them.
 constexpr int64_t LEAST_TILED_DIM = 8;
 
 static inline bool multiplied_by_tiles(const AttentionShape& shape) {
@@ -222,7 +224,7 @@ struct BackwardProducts {
       mine.grads_by_rows = carver.take<uint16_t>(value_width_ * PANEL);
     }
     rows_ = carver.take<uint16_t>(PANEL * greater(width_, value_width_));
-    products_ = carver.take(PANEL * PANEL);
+    products_ = carver.take(TILE_ROWS * TILE_ROWS);
     probabilities_ = carver.take<uint16_t>(BLOCK * PANEL);
     grad_scores_ = carver.take<uint16_t>(BLOCK * PANEL);
     grad_score_pairs_ = carver.take<uint16_t>(BLOCK * PANEL);
@@ -242,9 +244,11 @@ struct BackwardProducts {
     pair_columns(rows_, value_width_, PANEL, panel.grads_by_columns);
     pair_rows(rows_, value_width_, PANEL, panel.grads_by_rows);
     copy_panel(output, problem.output, count, problem.shape.value_dim, value_width_);
-    tile_product<Start::zero>(PANEL, PANEL, {rows_, value_width_}, {panel.grads_by_columns, 2 * PANEL}, products_,
-                              PANEL, value_width_);
-    for (int64_t m = 0; m < PANEL; m++) delta[m] = products_[m * PANEL + m];
+    for (int64_t m = 0; m < PANEL; m += TILE_ROWS) {
+      tile_product<Start::zero>(TILE_ROWS, TILE_ROWS, {rows_ + m * value_width_, value_width_},
+                                {panel.grads_by_columns + 2 * m, 2 * PANEL}, products_, TILE_ROWS, value_width_);
+      for (int64_t i = 0; i < TILE_ROWS; i++) delta[m + i] = products_[i * TILE_ROWS + i];
+    }
   }
 
   // Sᵀ[n][m].
@@ -300,7 +304,7 @@ struct BackwardProducts {
   } panels_[PANELS];
   int64_t width_, value_width_;                                 // of a query and of a value, in whole steps
   uint16_t* rows_;                                              // [PANEL][width]
-  float *products_, *seen_;                                     // [PANEL][PANEL]; [BLOCK][PANEL]
+  float *products_, *seen_;                                     // [TILE_ROWS][TILE_ROWS]; [BLOCK][PANEL]
   uint16_t *probabilities_, *grad_scores_, *grad_score_pairs_;  // [BLOCK][PANEL], and in pairs [BLOCK / 2][PANEL]
 
   void copy_panel(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
@@ -310,10 +314,10 @@ struct BackwardProducts {
 
   // Floats [keys][PANEL] as bf16, and zeros to the end of the last tile.
   static void narrow_rows(const float* from, int64_t keys, uint16_t* to) {
-    static_assert(PANEL == TILE_NUMBERS);
-    for (int64_t n = 0; n < keys; n++) {
-      const Numbers row = narrowed(load(from + n * PANEL), load(from + n * PANEL + LANES));
-      __builtin_memcpy(to + n * PANEL, &row, sizeof row);
+    static_assert(PANEL % TILE_NUMBERS == 0);
+    for (int64_t i = 0; i < keys * PANEL; i += TILE_NUMBERS) {
+      const Numbers row = narrowed(load(from + i), load(from + i + LANES));
+      __builtin_memcpy(to + i, &row, sizeof row);
     }
     clear_numbers(to + keys * PANEL, (whole_tiles(keys) - keys) * PANEL);
   }

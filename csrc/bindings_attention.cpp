@@ -288,6 +288,8 @@ std::string cpu_levels() {
   return names;
 }
 
+bool multiplies_pairs_fast() { return trilby::multiplies_pairs_fast(); }
+
 std::string why_not_amx() { return trilby::why_not_amx(); }
 
 std::string cpu_level() { return trilby::kernels().level; }
@@ -298,6 +300,7 @@ bool use_cpu_level(std::string level) { return trilby::use_level(level.c_str());
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def("cpu_levels() -> str");
+  library.def("multiplies_pairs_fast() -> bool");
   library.def("why_not_amx() -> str");
   library.def("cpu_level() -> str");
   library.def("use_cpu_level(str level) -> bool");
@@ -305,6 +308,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(trilby, CompositeExplicitAutograd, library) {
   library.impl("cpu_levels", TORCH_BOX(&cpu_levels));
+  library.impl("multiplies_pairs_fast", TORCH_BOX(&multiplies_pairs_fast));
   library.impl("why_not_amx", TORCH_BOX(&why_not_amx));
   library.impl("cpu_level", TORCH_BOX(&cpu_level));
   library.impl("use_cpu_level", TORCH_BOX(&use_cpu_level));

@@ -11,6 +11,9 @@ namespace trilby {
 // The levels built into this object that this machine can run, worst first.
 std::vector<const Kernels*> available_levels();
 
+// Whether vectors multiply bf16 (level `avx512bf16`) faster than float32.
+bool multiplies_pairs_fast();
+
 // Why the level `amx` is not among them; empty where it is.
 const std::string& why_not_amx();
 

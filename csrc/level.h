@@ -3,8 +3,9 @@
 
 #include "kernels.h"
 
-// The level that computes with vectors: what the tile unit gains nothing for is not compiled again for it.
-#if defined(__AMX_BF16__)
+// The level of all that is not attention in bf16: what products in bf16 gain nothing for is not compiled again for
+// them.
+#if defined(__AVX512BF16__)
 #define TRILBY_VECTOR_LEVEL avx512
 #else
 #define TRILBY_VECTOR_LEVEL TRILBY_LEVEL
@@ -22,7 +23,7 @@ void gelu(const Gelu&, const Threads&);
 
 }  // namespace trilby::TRILBY_VECTOR_LEVEL
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 namespace trilby::TRILBY_LEVEL {
 
 using avx512::attention_decode;
@@ -34,8 +35,10 @@ using avx512::norm_forward;
 void attention_forward(const AttentionForward&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
 
+#if defined(__AMX_BF16__)
 // Whether the tile unit computes a small product as it should.
 bool tiles_are_right();
+#endif
 
 }  // namespace trilby::TRILBY_LEVEL
 #endif

@@ -9,10 +9,11 @@ namespace trilby::TRILBY_LEVEL {
 // Vectors of queries: with 6 rows of keys in the register tile, 24 chains of multiply-adds hide their latency (8
 // needed), and 10 loads feed them inside the two loads a cycle that the processor does. Measured on AVX-512 against two
 // vectors and 8 rows, one thread, in turns: forward 1.04 times as fast at T = 256, 1.09 at 1024, 1.16 at 4096, 1.09
-// with D = 128; three vectors and 8 rows 0.86 to 1.10. Short sequences take fewer vectors of a panel: see Sight. On the
-// tile unit two, not measured: its products take tiles two by two whatever a panel's width, and the diagonal hides
-// least of a narrow one.
-#if defined(__AMX_BF16__)
+// with D = 128; three vectors and 8 rows 0.86 to 1.10. Short sequences take fewer vectors of a panel: see Sight. In
+// bf16 two, since the diagonal hides least of a narrow panel. By vectors of pairs on a Zen 4, one thread, four measured
+// 0.9 of the speed at T = 256, 0.95 at 1024, 0.98 at 4096; on the tile unit it was not measured: its products take
+// tiles two by two whatever a panel's width.
+#if defined(__AVX512BF16__)
 constexpr int PANEL_VECTORS = 2;
 #else
 constexpr int PANEL_VECTORS = LANES == 16 ? 4 : 2;
@@ -21,14 +22,16 @@ constexpr int PANEL = PANEL_VECTORS * LANES;
 // Keys in a block: its scores (64 x PANEL floats, 16 KiB on AVX-512) stay in the first-level cache. 48 and 96 measured
 // 0.98. On the tile unit products are so fast that what counts is how often a panel's sums come and go: measured there
 // on one core of an Emerald Rapids, D = 64, of 256 keys the forward is 1.11 times as fast as of 128 and 1.2 times as of
-// 64, the backward the same and 1.05 times.
+// 64, the backward the same and 1.05 times. By vectors of pairs 64, 128 and 256 measured within 3 % of one another.
 //
 // Panels that share a block of packed keys and values, so that packing costs each a fraction: those of 256 queries. On
 // AVX2, whose panels are narrow, 64 queries packed for 11 % of the time; 256 measured 1.05 to 1.15 times as fast from
 // T = 1024 on, forward and backward, and the same below. On the tile unit 512: of 128 a third of the forward's time
-// was packing, and 512 measured 1.1 to 1.2 times as fast.
+// was packing, and 512 measured 1.1 to 1.2 times as fast; by vectors of pairs 1.03 to 1.09 times as fast as 256.
 #if defined(__AMX_BF16__)
 constexpr int64_t BLOCK = 256, PANELS = 512 / PANEL;
+#elif defined(__AVX512BF16__)
+constexpr int64_t BLOCK = 128, PANELS = 512 / PANEL;
 #else
 constexpr int64_t BLOCK = 64, PANELS = 256 / PANEL;
 #endif

@@ -5,12 +5,9 @@
 // intrinsics promise neither).
 #pragma once
 
-#include <cstdint>
+#include "tile_operand.h"
 
 namespace trilby::TRILBY_LEVEL {
-
-constexpr int64_t TILE_ROWS = 16;     // also columns of 4 bytes
-constexpr int64_t TILE_NUMBERS = 32;  // bf16 numbers of a row
 
 template <int TILE>
 static inline void tile_zero() {

@@ -1,10 +1,14 @@
-// Between tensors of bf16 as they lie in memory, or blocks of floats, and the operands of tile_product.h. Whatever
-// fills up a tile is 0.
+// Between tensors of bf16 as they lie in memory, or blocks of floats, and the operands of what multiplies bf16.
+// Whatever fills up a tile is 0.
 #pragma once
 
 #include "pack.h"
 #include "queue.h"
+#if defined(__AMX_BF16__)
 #include "tile_product.h"
+#else
+#include "dot_product.h"
+#endif
 
 #include <immintrin.h>
 

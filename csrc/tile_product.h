@@ -13,13 +13,6 @@
 
 namespace trilby::TRILBY_LEVEL {
 
-// Rows of bf16 numbers; as the right operand each row holds pairs: those of the steps 2k and 2k + 1, column by column.
-// Rows and columns fill whole tiles. `row` counts numbers.
-struct TileOperand {
-  const uint16_t* data;
-  int64_t row;
-};
-
 template <int SUM, Start START>
 static inline void begin_sum(float* out, int64_t out_row) {
   if constexpr (START == Start::zero) tile_zero<SUM>();

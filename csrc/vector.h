@@ -97,7 +97,7 @@ static inline PowerOfTwo power_of_two(Vector x) {
   return {p * f, (Vector)(clamped < -126.0f ? Integers{} : n + one)};
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // 2^x for x <= 0, here for x < 127, too, or x a NaN: within 1.3 ulp of normal numbers, 0 below 2^-126. 8 instructions,
 // for probabilities that become bf16; their sum, as logsumexp, stays as exact as float32. 2^f by the polynomial of
 // degree 5 with 2^0 = 1 exactly that is closest to it in relative error on [0, 1), 8.2e-8 before rounding. Scaling to a

@@ -40,6 +40,11 @@ class Native:
         return str(torch.ops.trilby.why_not_amx()) if self.loaded else ""
 
     @property
+    def multiplies_pairs_fast(self) -> bool:
+        """Whether vectors of this processor multiply bfloat16 (level `avx512bf16`) faster than float32."""
+        return self.loaded and bool(torch.ops.trilby.multiplies_pairs_fast())
+
+    @property
     def level(self) -> str:
         """The instruction-set level in use."""
         return str(torch.ops.trilby.cpu_level()) if self.loaded else ""

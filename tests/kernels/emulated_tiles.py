@@ -4,6 +4,7 @@ import ctypes
 import os
 
 unit = ctypes.CDLL(os.environ["LD_PRELOAD"])
+unit.pretend.restype = ctypes.c_bool  # an int's other bytes are not set
 if not unit.pretend(True):
     raise OSError("CPUID does not fault on this machine")
 from trilby.kernels.ops import NATIVE  # noqa: E402

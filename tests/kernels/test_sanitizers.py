@@ -20,7 +20,7 @@ KERNELS = ("attention_forward", "attention_decode", "attention_backward", "linea
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py says: the flags of every level, and what the tile unit's level has of its own."""
+    """What setup.py says: the flags of every level, and what the levels for bf16 have of their own."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -37,10 +37,11 @@ def test_attention_and_linear_stay_inside_their_tensors(level: str, tmp_path: Pa
         command = [str(COMPILER), *SANITIZE, *flags[its_level], f"-DTRILBY_LEVEL={its_level}", f"-I{ROOT / 'csrc'}"]
         subprocess.run([*command, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
 
-    levels = ("avx512", "amx") if level == "amx" else (level,)  # the tile unit's other kernels are avx512's
+    sources = setup["SOURCES"]
+    levels = ("avx512", level) if level in sources else (level,)  # what is not its own is avx512's
     for its_level in levels:
         for name in KERNELS:
-            if its_level != "amx" or f"{name}.cpp" in setup["PER_LEVEL_AMX"]:
+            if f"{name}.cpp" in sources.get(its_level, setup["PER_LEVEL"]):
                 compile_at(its_level, ROOT / "csrc" / f"{name}.cpp")
     compile_at(levels[0], ROOT / "csrc" / "scratch.cpp")
     compile_at(level, Path(__file__).with_name("sanitize_attention.cpp"))

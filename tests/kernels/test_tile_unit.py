@@ -1,7 +1,7 @@
-"""Attention in bfloat16 on the tile unit (AMX).
+"""Attention in bfloat16, multiplied as such: by vectors of pairs (level `avx512bf16`) and on the tile unit (`amx`).
 
-On a machine that has one, every test of attention runs on it, at level `amx`. On one that has none, the same tests run
-in a process in which software stands behind the unit's instructions.
+On a machine that has one, every test of attention runs on it. On one that has no tile unit, the same tests run in a
+process in which software stands behind the unit's instructions.
 """
 
 import os
@@ -80,7 +80,7 @@ print(emulated_tiles.NATIVE.level, *emulated_tiles.NATIVE.levels)
 """
     done = run(code, tile_unit)
     # Sᵀ: 4 tiles of keys, 4 of queries and 2 of the head dimension; Oᵀ: the same.
-    assert done.stdout.split() == ["0", "0", "64", "amx", "baseline", "avx2", "avx512", "amx"], done.stderr
+    assert done.stdout.split() == ["0", "0", "64", "amx", *NATIVE.levels, "amx"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,14 @@ print(emulated_tiles.NATIVE.level, *emulated_tiles.NATIVE.levels)
         ("wrong", "a product by AMX, computed as a check, is wrong"),
     ],
 )
-def test_a_tile_unit_that_cannot_be_used_gives_avx512_and_a_reason(
+def test_a_tile_unit_that_cannot_be_used_gives_the_best_other_level_and_a_reason(
     trouble: str, reason: str, tile_unit: dict[str, str]
 ) -> None:
     code = "from trilby.kernels.doctor import report; print(report())"
     done = run(code, tile_unit | {"TILE_UNIT": trouble})
     assert f"Not amx, for attention in bfloat16: {reason}\n" in done.stdout, done.stderr
-    assert "running avx512; this machine can run baseline, avx2, avx512 (" in done.stdout
+    best = "avx512bf16" if NATIVE.multiplies_pairs_fast else "avx512"
+    assert f"running {best}; this machine can run {', '.join(NATIVE.levels)} (" in done.stdout
 
 
 def test_another_level_by_name_never_touches_the_unit(tile_unit: dict[str, str]) -> None:
@@ -110,16 +111,30 @@ def test_the_doctor_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("Not amx" in doctor.report()) == ("amx" not in NATIVE.levels)
 
 
-class TestTiles:
-    """What the level `amx` does alone."""
+@pytest.mark.skipif("avx512" not in NATIVE.levels, reason="no AVX-512, which multiplies pairs of bfloat16")
+def test_vectors_of_pairs_are_the_best_where_they_are_faster() -> None:
+    """An Intel processor multiplies them at half the speed of float32."""
+    if NATIVE.multiplies_pairs_fast:
+        assert "avx512bf16" in NATIVE.levels
+    best = subprocess.run(
+        [sys.executable, "-c", "from trilby.kernels.ops import NATIVE; print(NATIVE.level)"],
+        env={name: value for name, value in os.environ.items() if name != "TRILBY_CPU_ISA"},
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    others = "avx512bf16" if NATIVE.multiplies_pairs_fast else "avx512"
+    assert best == ("amx" if "amx" in NATIVE.levels else others)
 
-    @pytest.fixture(autouse=True)
-    def _on_tiles(self) -> Iterator[None]:
-        if "amx" not in NATIVE.levels:
-            pytest.skip(f"no level amx: {NATIVE.why_not_amx}")
+
+class TestTiles:
+    """What the levels that multiply bfloat16 do alone."""
+
+    @pytest.fixture(autouse=True, params=["avx512bf16", "amx"])
+    def tiled_level(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        if request.param not in NATIVE.levels:
+            pytest.skip(f"no level {request.param} on this machine")
         before = NATIVE.level
-        NATIVE.use_level("amx")
-        yield
+        NATIVE.use_level(request.param)
+        yield request.param
         NATIVE.use_level(before)
 
     @pytest.mark.parametrize(
@@ -133,13 +148,15 @@ class TestTiles:
             (torch.float32, 64, 64, False),
         ],
     )
-    def test_which_calls_are_multiplied_by_tiles(self, dtype: torch.dtype, D: int, Dv: int, tiled: bool) -> None:
+    def test_which_calls_are_multiplied_by_tiles(
+        self, tiled_level: str, dtype: torch.dtype, D: int, Dv: int, tiled: bool
+    ) -> None:
         """Others are avx512's, bit by bit."""
         case = Case(1, 2, 2, 70, 90, D, Dv)
         inputs = case.inputs(dtype)
         grad_output = torch.randn(1, 2, 70, Dv)
         results = {}
-        for level in ("avx512", "amx"):
+        for level in ("avx512", tiled_level):
             NATIVE.use_level(level)
             output = trilby(*inputs, case)
             results[level] = output, *gradients(output, inputs, grad_output)
@@ -168,14 +185,20 @@ class TestTiles:
         assert torch.equal(gradient[:, :, :seen], clean_gradient[:, :, :seen])
 
 
-def loops_of_products(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop of a function's disassembly that multiplies tiles."""
+def loops_of_products(instruction: str) -> list[list[str]]:
+    """The instructions of each innermost loop of the shipped object that multiplies by this one."""
+    command = ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)]
+    functions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
+    return [loop for code in functions if instruction in code for loop in _loops_with(instruction, code)]
+
+
+def _loops_with(instruction: str, code: str) -> list[list[str]]:
     lines = [match.groups() for match in re.finditer(r"^ +([0-9a-f]+):\t(\S+) *(?:([0-9a-f]+) <)?", code, re.MULTILINE)]
     line_of = {address: line for line, (address, _, _) in enumerate(lines)}
     spans = []
     for last, (_, name, target) in enumerate(lines):
         first = line_of.get(target, last + 1)
-        if name.startswith("j") and first <= last and "tdpbf16ps" in [name for _, name, _ in lines[first : last + 1]]:
+        if name.startswith("j") and first <= last and instruction in [name for _, name, _ in lines[first : last + 1]]:
             spans.append((first, last))
     innermost = [
         (first, last)
@@ -191,12 +214,22 @@ def test_each_operand_of_a_product_is_loaded_once_and_no_tile_is_spilled() -> No
 
     The sums stay in tiles from step to step, or, where there is one step, come and go with it.
     """
-    command = ["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)]
-    functions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
-    loops = [loop for code in functions if "tdpbf16ps" in code for loop in loops_of_products(code)]
+    loops = loops_of_products("tdpbf16ps")
     found = {(body.count("tileloadd"), body.count("tdpbf16ps"), body.count("tilestored")) for body in loops}
     sizes = (2, 2), (1, 2), (2, 1), (1, 1)
     kept = {(R + C, R * C, 0) for R, C in sizes}
     one_step = {(R * C + R + C, R * C, R * C) for R, C in sizes}
     assert (4, 4, 0) in found
     assert found <= kept | one_step
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump to read machine code with")
+def test_the_largest_product_by_vectors_of_pairs_does_little_else() -> None:
+    """Of 12 rows and 2 vectors a step loads 2, broadcasts 12 and multiplies 24: not one sum leaves its register."""
+    largest = [body for body in loops_of_products("vdpbf16ps") if body.count("vdpbf16ps") == 24]
+    assert largest
+    for body in largest:
+        others = [name for name in body if name not in ("vdpbf16ps", "vpbroadcastd")]
+        assert body.count("vpbroadcastd") == 12
+        assert sum(name.startswith("vmov") for name in others) == 2
+        assert len(others) <= 12, others
