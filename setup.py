@@ -37,6 +37,7 @@ ONCE = [
     "bindings_gelu.cpp",
     "bindings_blocks.cpp",
     "bindings_provider.cpp",
+    "bindings_encoder.cpp",
     "blocks.cpp",
     "isa.cpp",
     "scratch.cpp",

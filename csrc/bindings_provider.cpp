@@ -3,6 +3,7 @@
 // compute: attention by PyTorch's C functions, which lead straight to its kernel; layer norm, for which there are none,
 // by an operator of trilby that kernels/provider.py fills with the kernel that was there before. That takes longer than
 // computing a tiny norm (8 µs against 2), so only norms that no kernel of trilby's can compute take that way.
+#include "bindings_provider.h"
 #include "attention_plan.h"
 #include "bindings_statistics.h"
 #include "norm_plan.h"
@@ -10,11 +11,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <stdexcept>
 #include <tuple>
 
 namespace {
@@ -22,19 +20,24 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::detail::from;
-using torch::stable::detail::StableLibrary;
 using torch::stable::detail::to;
 using trilby::adjacent;
+using trilby::defined;
 using trilby::empty;
 using trilby::empty_contiguous;
 using trilby::Floats;
+using trilby::has_kernel_dtype;
+using trilby::in_pytorchs_place;
 using trilby::Kept;
+using trilby::Library;
 using trilby::Optional;
+using trilby::served;
 using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::spread_view;
 using trilby::spreads;
 using trilby::Statistics;
+using trilby::throw_pytorchs_error;
 using trilby::view_of;
 
 // Which calls of attention are worth taking; kernels/attention_rules.py says why.
@@ -45,26 +48,6 @@ struct Limits {
   int64_t few_keys;
   std::vector<int64_t> fewest_in_place;  // to few keys and to more; inference, training; both in half precision
 } limits;
-
-// What PyTorch said when a call of its C interface failed. A torch before 2.13 prints that itself, and does not tell.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
-
-[[noreturn]] void throw_pytorchs_error() {
-  const bool told = torch_exception_get_what_without_backtrace;
-  throw std::runtime_error(told ? torch_exception_get_what_without_backtrace() : "PyTorch's kernel refused the call");
-}
-
-// How many calls of each operator trilby's kernels have computed on this thread: what kernels/explain.py goes by.
-enum Served { ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, OPERATORS };
-thread_local std::array<int64_t, OPERATORS> served = {};
-
-bool has_kernel_dtype(const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-
-// PyTorch's autograd gives an optional tensor that is absent as one that is undefined.
-Optional defined(const Optional& tensor) { return tensor && tensor->defined() ? tensor : std::nullopt; }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +193,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   }
   const Tensor output = torch::stable::empty_like(query);
   if (output.strides()[3] != 1) return pytorchs_attention(query, key, value, dropout_p, is_causal, mask, scale);
-  served[ATTENTION]++;
+  served[trilby::ATTENTION]++;
   const trilby::AttentionShape shape = attention_shape(query, key);
   const trilby::AttentionSequences sequences = {shape.batch};
   const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
@@ -254,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
     }
     return {Tensor(gradients[0]), Tensor(gradients[1]), Tensor(gradients[2])};
   }
-  served[ATTENTION_BACKWARD]++;
+  served[trilby::ATTENTION_BACKWARD]++;
   const trilby::AttentionShape shape = attention_shape(query, key);
   const trilby::AttentionSequences sequences = {shape.batch};
   const Tensor by_head = torch::stable::contiguous(logsumexp);
@@ -276,7 +259,7 @@ constexpr trilby::Rows NO_ROWS = {};
 // Calls the operator of trilby that holds PyTorch's kernel.
 template <size_t INPUTS>
 std::tuple<Tensor, Tensor, Tensor> pytorchs(const char* name, std::array<StableIValue, INPUTS> stack) {
-  if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) throw_pytorchs_error();
+  trilby::call_operator(name, "", stack);
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
@@ -319,9 +302,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
                                               const Optional& given_bias, double eps) {
   const Optional weight = defined(given_weight), bias = defined(given_bias);
   if (!is_trilbys(input, row, weight, bias)) {
-    return pytorchs<5>("trilby::pytorch_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
+    return pytorchs<5>("trilby::pytorch_native_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
   }
-  served[LAYER_NORM]++;
+  served[trilby::LAYER_NORM]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, eps);
   const Tensor stream = adjacent(input);
   const Optional scale = adjacent(weight), offset = adjacent(bias);
@@ -355,11 +338,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const Optional weight = defined(given_weight), bias = defined(given_bias);
   if (!is_trilbys_backward(grad_output, input, row, mean, rstd, weight, bias, wanted)) {
     const bool mask[3] = {wanted[0], wanted[1], wanted[2]};
-    return pytorchs<8>("trilby::pytorch_layer_norm_backward",
+    return pytorchs<8>("trilby::pytorch_native_layer_norm_backward",
                        {from(grad_output), from(input), from(row), from(mean), from(rstd), from(weight), from(bias),
                         from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))});
   }
-  served[LAYER_NORM_BACKWARD]++;
+  served[trilby::LAYER_NORM_BACKWARD]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, 0.0);
   const Tensor grad = adjacent(grad_output), stream = adjacent(input);
   Statistics means(mean), inverses(rstd);
@@ -378,11 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
 
 // ---- in PyTorch's place --------------------------------------------------------------------------------------------
 
-std::unique_ptr<StableLibrary> attention_library, norm_library;
-
-std::unique_ptr<StableLibrary> aten() {
-  return std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
-}
+std::unique_ptr<Library> attention_library, norm_library;
 
 void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, int64_t fewest_masked_multiplications,
                        int64_t largest_head_dim, int64_t most_decoded, int64_t most_decoded_rows, int64_t few_decoded,
@@ -397,13 +376,13 @@ void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, i
             std::move(fewest_decoded),
             few_keys,
             std::move(fewest_in_place)};
-  attention_library = aten();
+  attention_library = in_pytorchs_place();
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
 }
 
 void provide_layer_norm() {
-  norm_library = aten();
+  norm_library = in_pytorchs_place();
   norm_library->impl("native_layer_norm", TORCH_BOX(&layer_norm));
   norm_library->impl("native_layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
@@ -426,10 +405,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
   library.def("withdraw_layer_norm() -> ()");
   library.def("served_calls() -> int[]");
   library.def(
-      "pytorch_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) "
+      "pytorch_native_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   library.def(
-      "pytorch_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
+      "pytorch_native_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
       "Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 

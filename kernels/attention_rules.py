@@ -74,12 +74,14 @@ FEWEST_IN_PLACE = {
 # float16 the same gain 1.35 (1.35, 1.24), 1.48 (1.47, 1.60), 1.8 (2.2, 2.7), 1.25 (1.06, 1.01), and 1.2 to 4 with the
 # backward, in bfloat16 1.2 to 1.8, and 1.6 to 3 with it.
 FEWEST_MASKED_MULTIPLICATIONS = 10_000_000
-# Queries from which on PyTorch's one operator of attention and its projections, for inference, is trilby's: without a
-# mask and with one. Measured likewise, (B, T, H, D) of (8, 64, 4, 32), (1, 128, 6, 64), (8, 128, 12, 64), (1, 256, 6,
-# 64), (1, 512, 6, 64), (1, 1024, 12, 64), projections included: in float32 0.83 0.91 1.03 0.99 1.08 1.63, in bfloat16
-# 1.04 1.05 1.05 1.10 1.22 1.29, in float16 1.00 1.00 1.03 0.99 1.08 1.14; with a mask of padding 1.6 1.2 1.4 1.6 2.0
-# 3.0, 1.9 1.4 1.3 2.0 2.8 3.2 and 3.5 2.2 2.0 3.5 5.5 7.3; of 16 queries, with one, 0.9 to 1.0.
-FEWEST_IN_ENCODER = {torch.float32: (512, 64), torch.bfloat16: (128, 64), torch.float16: (512, 64)}
+# Queries of PyTorch's one operator of attention and its projections, for inference, which is PyTorch's then, in float32
+# and without a mask: else it is trilby's. Measured on one thread of a Zen 4, (B, T, H, D) of (1, 1, 2, 16), (1, 16, 4,
+# 32), (8, 16, 4, 32), (1, 64, 6, 64), (8, 64, 4, 32), (1, 128, 6, 64), (1, 256, 6, 64), (1, 512, 6, 64), projections
+# included: in float32 1.08 1.12 1.10 1.05 1.14 1.07 1.13 1.19, in bfloat16 1.05 1.33 1.27 1.11 1.26 1.11 1.13 1.21, in
+# float16 1.06 1.21 1.20 1.26 1.58 1.51 2.02 3.17; with a mask of padding 1.01 to 1.85, 1.02 to 3.99 and 1.03 to 4.01.
+# On a Xeon, called from Python (40 µs more), the last four were 0.83, 0.91, 0.99 and 1.08 in float32, and 1.0 to 1.2 in
+# half precision.
+LEFT_IN_ENCODER = range(33, 256)
 
 
 class Mask(NamedTuple):
@@ -288,9 +290,9 @@ def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
 
 def reasons_of_length(query: Tensor, has_mask: bool) -> Iterator[str]:
     """Why an encoder's attention in inference, of query [B, T, H · D], is over sooner in PyTorch."""
-    T, fewest = query.shape[-2], FEWEST_IN_ENCODER.get(query.dtype, (0, 0))[has_mask]
-    if fewest > T:
-        yield f"there are {T} queries, fewer than {fewest}, in an encoder's inference"
+    T, left = query.shape[-2], LEFT_IN_ENCODER
+    if T in left and query.dtype == torch.float32 and not has_mask:
+        yield f"there are {T} queries, from {left.start} to {left.stop - 1}, in an encoder's inference"
 
 
 def reasons_against_heads(query: Tensor, heads: int) -> Iterator[str]:

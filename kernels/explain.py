@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_rules, composed, provider_on_gpu
+from . import attention_rules, composed, encoder, provider_on_gpu
 from .attention_arguments import AttentionArguments
 from .observer import Call, watched
 from .ops import NATIVE
@@ -46,7 +46,11 @@ _KNOWN_AS = {
 # What `activate` leaves as it is: only trilby's own functions tell of it.
 _NEVER_OVERRIDDEN = ("aten::linear", "aten::gelu")
 _LAYER_NORM = ("aten::native_layer_norm", "aten::native_layer_norm_backward")
-_COMPOSED = composed.ATTENTION | composed.ENCODER | composed.NORM
+_ON_CPU: dict[str, Callable[..., Any]] = {
+    **composed.ATTENTION,
+    **composed.NORM,
+    encoder.OPERATOR: encoder.EncoderAttention,
+}
 _ON_GPU = provider_on_gpu.ATTENTION | provider_on_gpu.NORM
 NOT_ACTIVATED = "trilby is not activated (trilby.kernels.activate())"
 
@@ -180,8 +184,8 @@ def _reasons(call: Call) -> Iterator[str]:
         return
     if not active:
         yield NOT_ACTIVATED
-    if name in _COMPOSED and call.device == "cpu":
-        yield from _COMPOSED[name](**arguments).reasons_for_pytorch()
+    if name in _ON_CPU and call.device == "cpu":
+        yield from _ON_CPU[name](**arguments).reasons_for_pytorch()
     elif call.device == "cuda":
         yield from _ON_GPU[name](**arguments).reasons_for_pytorch()
     elif name in _LAYER_NORM:

@@ -28,15 +28,16 @@ from .override import Override, StandIn, has_kernel_of_its_own, release_all, sta
 
 NAME = "trilby"  # among PyTorch's implementations of flash attention
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _FOR_GOOD = object()  # what `activate` holds the overrides for
 
 
-def _pytorchs_norms() -> Library:
-    """Operators of trilby that run the kernels which layer norms have now, to hand calls on to."""
+def _pytorchs(*operators: str) -> Library:
+    """Operators of trilby that run the kernels which those of PyTorch have now, to hand calls on to."""
     library = Library("trilby", "IMPL")
-    for name in ("layer_norm", "layer_norm_backward"):
-        kernel = get_kernel(f"aten::native_{name}", "CPU")
+    for name in operators:
+        kernel = get_kernel(f"aten::{name}", "CPU")
 
         def call(*arguments: Any, _kernel: Any = kernel) -> Any:
             return _kernel.call_boxed(_CPU, *arguments)
@@ -81,24 +82,27 @@ def _provide_attention() -> None:
             rules.MOST_DECODED,
             rules.MOST_DECODED_ROWS,
             rules.FEW_DECODED,
-            [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+            [rules.FEWEST_DECODED[dtype] for dtype in _DTYPES],
             rules.FEW_KEYS,
             [queries for limits in rules.FEWEST_IN_PLACE.values() for queries in limits],
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
-        _stand_in("attention", composed.KEYS_OF_ENCODER, composed.ENCODER)
+        _libraries["attention"].append(_pytorchs("_native_multi_head_attention"))
+        left = rules.LEFT_IN_ENCODER
+        torch.ops.trilby.provide_encoder(left.start, left.stop, rules.LARGEST_HEAD_DIM)
 
 
 def _withdraw_attention() -> None:
     if NATIVE.loaded:
         torch.ops.trilby.withdraw_attention()
+        torch.ops.trilby.withdraw_encoder()
     _destroy("attention")
 
 
 def _provide_norm() -> None:
     _stand_in_on_gpu("norm", provider_on_gpu.NORM)
     if NATIVE.loaded:
-        _libraries["norm"].append(_pytorchs_norms())
+        _libraries["norm"].append(_pytorchs("native_layer_norm", "native_layer_norm_backward"))
         _stand_in("norm", composed.KEYS, composed.NORM)
         torch.ops.trilby.provide_layer_norm()
 

@@ -1,13 +1,14 @@
 """Encoders in inference: PyTorch's one operator of attention and its projections, with trilby in its place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
 from activation import DTYPES
 from tolerance import assert_as_exact_as
 from torch import Tensor, nn
-from trilby.kernels import activated, attention_rules, composed, explain, strict
+from trilby.kernels import activated, attention_rules, explain, strict
 from trilby.kernels.ops import NATIVE
 
 pytestmark = [
@@ -19,10 +20,9 @@ OPERATOR = "aten::_native_multi_head_attention"
 
 
 @pytest.fixture(autouse=True)
-def any_length(monkeypatch) -> Iterator[None]:
-    """No encoder's attention is too short for trilby."""
-    limits = attention_rules.FEWEST_IN_ENCODER
-    monkeypatch.setattr(attention_rules, "FEWEST_IN_ENCODER", dict.fromkeys(limits, (1, 1)))
+def any_length(monkeypatch) -> None:
+    """Encoders' attention is trilby's whatever its length."""
+    monkeypatch.setattr(attention_rules, "LEFT_IN_ENCODER", range(0))
 
 
 def encoder(dtype: torch.dtype = torch.float32, **options: object) -> nn.TransformerEncoderLayer:
@@ -74,13 +74,14 @@ def test_an_encoder_is_as_exact_as_pytorchs(dtype, mask, kind):
 
 
 @torch.no_grad()
-def test_the_exactness_of_an_encoder_can_fail(monkeypatch):
-    """A scale that is a hundredth too large is an error too large."""
-    options = composed.AttentionOptions
+def test_the_exactness_of_an_encoder_can_fail():
+    """A scale of the scores that is a hundredth too large is an error too large."""
     rival, truth = encoder()(text()), encoder(torch.float64)(text().double())
-    monkeypatch.setattr(composed, "AttentionOptions", lambda mask, scale: options(mask=mask, scale=1.01 * scale))
+    wrong = encoder()
+    wrong.self_attn.in_proj_weight[:C] *= 1.01
+    wrong.self_attn.in_proj_bias[:C] *= 1.01
     with activated(), pytest.raises(AssertionError, match="error"):
-        assert_as_exact_as(encoder()(text()), rival, truth, "encoder")
+        assert_as_exact_as(wrong(text()), rival, truth, "encoder")
 
 
 @torch.no_grad()
@@ -149,15 +150,15 @@ def test_what_pytorch_refuses_is_refused_in_its_words(function):
 
 def test_lengths_decide_by_the_limits_that_are_named(monkeypatch):
     monkeypatch.undo()
-    for dtype, limits in attention_rules.FEWEST_IN_ENCODER.items():
+    left = attention_rules.LEFT_IN_ENCODER
+    for dtype, masked in product(DTYPES, (False, True)):
         layer = nn.MultiheadAttention(4, 2, batch_first=True, dtype=dtype).eval()
-        for fewest, masked in zip(limits, (False, True)):
-            for length in (fewest - 1, fewest):
-                x = torch.ones(2, length, 4, dtype=dtype)
-                mask = torch.zeros(2, length, dtype=torch.bool) if masked else None
-                with activated(), torch.no_grad():
-                    (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=False)
-                assert found.is_trilbys == (length == fewest), str(found)
+        for length in (1, left.start - 1, left.start, left.stop - 1, left.stop):
+            x = torch.ones(2, length, 4, dtype=dtype)
+            mask = torch.zeros(2, length, dtype=torch.bool) if masked else None
+            with activated(), torch.no_grad():
+                (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=False)
+            assert found.is_trilbys == (masked or dtype != torch.float32 or length not in left), str(found)
 
 
 @torch.no_grad()
