@@ -163,7 +163,7 @@ std::unique_ptr<trilby::Library> library_in_place;
 
 void provide_encoder(int64_t left_from, int64_t left_below, int64_t largest_head_dim) {
   limits = {left_from, left_below, largest_head_dim};
-  library_in_place = trilby::in_pytorchs_place();
+  library_in_place = trilby::in_pytorchs_place(__FILE__, __LINE__);
   library_in_place->impl("_native_multi_head_attention", TORCH_BOX(&multi_head_attention));
 }
 

@@ -302,7 +302,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, Sizes row, co
                                               const Optional& given_bias, double eps) {
   const Optional weight = defined(given_weight), bias = defined(given_bias);
   if (!is_trilbys(input, row, weight, bias)) {
-    return pytorchs<5>("trilby::pytorch_native_layer_norm", {from(input), from(row), from(weight), from(bias), from(eps)});
+    return pytorchs<5>("trilby::pytorch_native_layer_norm",
+                       {from(input), from(row), from(weight), from(bias), from(eps)});
   }
   served[trilby::LAYER_NORM]++;
   const trilby::NormShape shape = norm_shape(input, row, weight, bias, eps);
@@ -376,13 +377,13 @@ void provide_attention(int64_t fewest_queries, int64_t fewest_multiplications, i
             std::move(fewest_decoded),
             few_keys,
             std::move(fewest_in_place)};
-  attention_library = in_pytorchs_place();
+  attention_library = in_pytorchs_place(__FILE__, __LINE__);
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu", TORCH_BOX(&attention));
   attention_library->impl("_scaled_dot_product_flash_attention_for_cpu_backward", TORCH_BOX(&attention_backward));
 }
 
 void provide_layer_norm() {
-  norm_library = in_pytorchs_place();
+  norm_library = in_pytorchs_place(__FILE__, __LINE__);
   norm_library->impl("native_layer_norm", TORCH_BOX(&layer_norm));
   norm_library->impl("native_layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
@@ -408,7 +409,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
       "pytorch_native_layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   library.def(
-      "pytorch_native_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
+      "pytorch_native_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, "
+      "Tensor rstd, "
       "Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 

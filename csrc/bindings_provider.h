@@ -44,9 +44,10 @@ inline Optional defined(const Optional& tensor) { return tensor && tensor->defin
 
 using Library = torch::stable::detail::StableLibrary;
 
-// Kernels of PyTorch's operators that stand above its own for as long as this lives.
-inline std::unique_ptr<Library> in_pytorchs_place() {
-  return std::make_unique<Library>(Library::Kind::IMPL, "aten", "CPU", __FILE__, __LINE__);
+// Kernels of PyTorch's operators that stand above its own for as long as this lives; PyTorch says of which file they
+// are.
+inline std::unique_ptr<Library> in_pytorchs_place(const char* file, uint32_t line) {
+  return std::make_unique<Library>(Library::Kind::IMPL, "aten", "CPU", file, line);
 }
 
 }  // namespace trilby

@@ -13,13 +13,14 @@ OPERATORS = (
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     "aten::native_layer_norm",
     "aten::native_layer_norm_backward",
+    "aten::_native_multi_head_attention",
 )
-ATTENTION, NORM = OPERATORS[:2], OPERATORS[2:]
+ATTENTION, NORM = OPERATORS[:2], OPERATORS[2:4]
 
 
 def is_trilbys(*operators: str) -> bool:
     """Whether PyTorch's dispatcher enters trilby for all of `operators`; it must be all or none."""
-    entered = {"bindings_provider.cpp" in torch._C._dispatch_dump(operator) for operator in operators}
+    entered = {"csrc/bindings_" in torch._C._dispatch_dump(operator) for operator in operators}
     assert len(entered) == 1
     return entered.pop()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from activation import OPERATORS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -98,14 +99,7 @@ def operators_seen_by_pytorch(function: Callable[[], object]) -> Counter:
 
 def counted(explanations: Explanations) -> list[int]:
     """How many of the calls trilby's kernels in PyTorch's place served, in the order of their own count."""
-    operators = (
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-        "aten::native_layer_norm",
-        "aten::native_layer_norm_backward",
-        "aten::_native_multi_head_attention",
-    )
-    return [sum(e.is_trilbys for e in explanations if e.operator == operator) for operator in operators]
+    return [sum(e.is_trilbys for e in explanations if e.operator == operator) for operator in OPERATORS]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the profiler's own

@@ -109,7 +109,7 @@ def test_forward_and_backward_are_trilbys_kernels(affine):
         before = torch.ops.trilby.served_calls()
         F.layer_norm(F.scaled_dot_product_attention(*inputs), (32,), *parameters).sum().backward()
         after = torch.ops.trilby.served_calls()
-    assert [b - a for a, b in zip(before, after)] == [1, 1, 1, 1]
+    assert [b - a for a, b in zip(before, after)] == [1, 1, 1, 1, 0]
 
 
 # ---- what PyTorch's operators promise --------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_a_backward_of_pytorchs_is_given_a_forward_of_pytorchs():
         ours = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         found = backward(ours)
         served = [b - a for a, b in zip(before, torch.ops.trilby.served_calls())]
-    assert served == [1, 0, 0, 0]
+    assert served == [1, 0, 0, 0, 0]
     assert not torch.equal(ours[0], theirs[0])
     for our, their in zip(found, expected):
         assert torch.equal(our, their)

@@ -15,7 +15,7 @@ from activation import (
     is_trilbys,
 )
 from torch.nn import attention as pytorch_attention
-from trilby.kernels import activate, activated, composed, encoder, restore
+from trilby.kernels import activate, activated, composed, restore
 from trilby.kernels.ops import NATIVE
 
 pytestmark = pytest.mark.skipif(not NATIVE.loaded, reason=f"no C++ kernels to activate: {NATIVE.reason}")
@@ -126,7 +126,7 @@ def test_restore_tells_the_registry():
 
 
 # And those that PyTorch composes of others.
-OVERRIDDEN = (*OPERATORS, *composed.ATTENTION, encoder.OPERATOR, *composed.NORM)
+OVERRIDDEN = (*OPERATORS, *composed.ATTENTION, *composed.NORM)
 
 
 def run_python(*lines: str) -> subprocess.CompletedProcess:
