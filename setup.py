@@ -20,6 +20,7 @@ CSRC = Path("csrc")
 PER_LEVEL = [
     "attention_forward.cpp",
     "attention_decode.cpp",
+    "attention_weights.cpp",
     "attention_backward.cpp",
     "norm_forward.cpp",
     "norm_backward.cpp",

@@ -2,7 +2,7 @@
 // `nn.MultiheadAttention` runs then, and `nn.TransformerEncoderLayer` by way of an operator of its own. It composes
 // projections and attention, and holds all scores; here attention is trilby's kernel, on the projections where they
 // lie. In Python, as it once was, the same steps took 40 µs more; what they take the place of begins at 16. A call that
-// is PyTorch's to compute goes to an operator of trilby that kernels/provider.py fills, which takes 6.
+// is PyTorch's to compute goes to an operator of trilby that kernels/provider.py fills, which takes 8 to 12.
 #include "attention_plan.h"
 #include "bindings_provider.h"
 
@@ -24,10 +24,16 @@ using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::throw_pytorchs_error;
 
-// Queries from which and below which a call in float32, without a mask, is PyTorch's; the largest head dimension.
-// kernels/attention_rules.py says why.
+// Which calls without a mask are PyTorch's; kernels/attention_rules.py says why.
 struct Limits {
-  int64_t left_from, left_below, largest_head_dim;
+  Sizes left;  // queries from which and below which: without weights, with them; in float32, bfloat16 and float16
+  int64_t fewest_multiplications, largest_head_dim;
+
+  bool leave(const Tensor& query, bool need_weights) const {
+    const auto row = static_cast<size_t>(2 * static_cast<int>(trilby::dtype_of(query, "query")) + need_weights);
+    const int64_t T = query.size(1);
+    return T >= left[2 * row] && T < left[2 * row + 1] && query.numel() * T >= fewest_multiplications;
+  }
 } limits;
 
 // A call of the operator. H heads of D; C = H · D.
@@ -63,10 +69,8 @@ bool are_one(const Tensor& a, const Tensor& b) {
 bool is_trilbys(const Call& call) {
   const Tensor& query = call.query;
   const int64_t C = call.embed_dim, H = call.num_head;
-  if (call.need_weights || query.dim() != 3 || query.numel() == 0 || !has_kernel_dtype(query)) return false;
-  const int64_t T = query.size(1);
-  const bool is_left = T >= limits.left_from && T < limits.left_below;
-  if (is_left && query.scalar_type() == ScalarType::Float && !call.mask) return false;
+  if (query.dim() != 3 || query.numel() == 0 || !has_kernel_dtype(query)) return false;
+  if (!call.mask && limits.leave(query, call.need_weights)) return false;
   if (query.size(2) != C || H <= 0 || C % H != 0 || C / H > limits.largest_head_dim) return false;
   const std::pair<const Tensor&, Sizes> parameters[] = {
       {call.qkv_weight, {3 * C, C}}, {call.qkv_bias, {3 * C}}, {call.proj_weight, {C, C}}, {call.proj_bias, {C}}};
@@ -107,8 +111,25 @@ Tensor seen_by(const Call& call) {
   return call.mask_type == 1 ? seen_as(seen, {sizes[0], 1, 1, sizes[1]}, {seen.stride(0), 0, 0, seen.stride(1)}) : seen;
 }
 
-// Attention of the projections [B, T, 3, H, D], as [B · T, C].
-Tensor attended(const Tensor& projections, const Call& call) {
+// [B, T, T] of the mean over the heads, or [B, H, T, T].
+Tensor weights_of(const trilby::AttentionForward& attention, const Call& call) {
+  const trilby::AttentionShape& shape = attention.shape;
+  const int64_t B = shape.batch, H = shape.query_heads, T = shape.query_length;
+  const bool mean = call.average_attn_weights;
+  const Tensor weights = empty_contiguous(mean ? Sizes{B, T, T} : Sizes{B, H, T, T}, call.query.scalar_type());
+  trilby::kernels().attention_weights({shape,
+                                       attention.rule,
+                                       attention.query,
+                                       attention.key,
+                                       attention.logsumexp,
+                                       {weights.mutable_data_ptr(), (mean ? 1 : H) * T * T, T * T, T, 1},
+                                       mean},
+                                      trilby::torch_threads());
+  return weights;
+}
+
+// Attention of the projections [B, T, 3, H, D], as [B · T, C], and its weights, where they are wanted.
+std::tuple<Tensor, Tensor> attended(const Tensor& projections, const Call& call) {
   const int64_t B = call.query.size(0), T = call.query.size(1), C = call.embed_dim, H = call.num_head, D = C / H;
   const auto part = [=](const Tensor& tensor, int64_t number, int64_t parts) -> trilby::View {
     auto* data = static_cast<char*>(tensor.mutable_data_ptr()) + number * C * tensor.element_size();
@@ -132,7 +153,7 @@ Tensor attended(const Tensor& projections, const Call& call) {
                                             part(output, 0, 1),
                                             logsumexp.mutable_data_ptr<float>()};
   trilby::attend(trilby::kernels(), problem, trilby::torch_threads());
-  return output;
+  return {output, call.need_weights ? weights_of(problem, call) : Tensor()};
 }
 
 std::tuple<Tensor, Tensor> multi_head_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -155,14 +176,15 @@ std::tuple<Tensor, Tensor> multi_head_attention(const Tensor& query, const Tenso
   trilby::served[trilby::ENCODER]++;
   const int64_t B = query.size(0), T = query.size(1), C = embed_dim;
   const Tensor rows = torch::stable::reshape(query, {B * T, C});
-  const Tensor output = projected(attended(projected(rows, qkv_weight, qkv_bias), call), proj_weight, proj_bias);
-  return {seen_as(output, {B, T, C}, {T * C, C, 1}), Tensor()};
+  const auto [heads, weights] = attended(projected(rows, qkv_weight, qkv_bias), call);
+  const Tensor output = projected(heads, proj_weight, proj_bias);
+  return {seen_as(output, {B, T, C}, {T * C, C, 1}), weights};
 }
 
 std::unique_ptr<trilby::Library> library_in_place;
 
-void provide_encoder(int64_t left_from, int64_t left_below, int64_t largest_head_dim) {
-  limits = {left_from, left_below, largest_head_dim};
+void provide_encoder(Sizes left, int64_t fewest_multiplications, int64_t largest_head_dim) {
+  limits = {std::move(left), fewest_multiplications, largest_head_dim};
   library_in_place = trilby::in_pytorchs_place(__FILE__, __LINE__);
   library_in_place->impl("_native_multi_head_attention", TORCH_BOX(&multi_head_attention));
 }
@@ -172,7 +194,7 @@ void withdraw_encoder() { library_in_place.reset(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
-  library.def("provide_encoder(int left_from, int left_below, int largest_head_dim) -> ()");
+  library.def("provide_encoder(int[] left, int fewest_multiplications, int largest_head_dim) -> ()");
   library.def("withdraw_encoder() -> ()");
   library.def(
       "pytorch__native_multi_head_attention(Tensor query, Tensor key, Tensor value, int embed_dim, int num_head, "

@@ -78,6 +78,17 @@ struct AttentionForward {
   float* logsumexp;                // [B, H, T] contiguous, natural logarithm
 };
 
+// The probabilities of queries and keys that are not packed, where the rule is a scale and a boolean mask at most. Rows
+// of weights have adjacent elements.
+struct AttentionWeights {
+  AttentionShape shape;  // of as many heads of keys as of queries
+  AttentionRule rule;
+  View query, key;
+  const float* logsumexp;  // the forward's
+  View weights;            // [B, H, T, S], or of all heads' mean [B, 1, T, S]
+  bool of_all_heads;
+};
+
 struct AttentionBackward {
   AttentionShape shape;
   AttentionSequences sequences;  // not paged
@@ -152,6 +163,7 @@ struct Kernels {
   const char* level;
   void (*attention_forward)(const AttentionForward&, const Threads&);
   void (*attention_decode)(const AttentionForward&, const Threads&);  // attention_plan.h says when
+  void (*attention_weights)(const AttentionWeights&, const Threads&);
   void (*attention_backward)(const AttentionBackward&, const Threads&);
   void (*norm_forward)(const NormForward&, const Threads&);
   void (*norm_backward)(const NormBackward&, const Threads&);

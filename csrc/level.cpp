@@ -10,6 +10,7 @@ extern const Kernels table;
 const Kernels table = {TRILBY_NAME(TRILBY_LEVEL),
                        attention_forward,
                        attention_decode,
+                       attention_weights,
                        attention_backward,
                        norm_forward,
                        norm_backward,

@@ -15,6 +15,7 @@ namespace trilby::TRILBY_VECTOR_LEVEL {
 
 void attention_forward(const AttentionForward&, const Threads&);
 void attention_decode(const AttentionForward&, const Threads&);
+void attention_weights(const AttentionWeights&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
 void norm_forward(const NormForward&, const Threads&);
 void norm_backward(const NormBackward&, const Threads&);
@@ -27,6 +28,7 @@ void gelu(const Gelu&, const Threads&);
 namespace trilby::TRILBY_LEVEL {
 
 using avx512::attention_decode;
+using avx512::attention_weights;
 using avx512::gelu;
 using avx512::linear;
 using avx512::norm_backward;

@@ -29,7 +29,7 @@ class EncoderAttention(NamedTuple):
         proj_bias: [C].
         mask: What is hidden: true, or a number other than 0. A query that sees no key gets the bias alone, as it does
             in training; from PyTorch's operator a NaN.
-        need_weights: Whether the probabilities are to be returned.
+        need_weights: Whether the probabilities are to be returned; of a query that sees no key they are 0.
         average_attn_weights: Whether over the heads.
         mask_type: What the mask's sizes are: 0 [T, T], 1 [B, T], 2 [B, H, T, T].
     """
@@ -68,9 +68,7 @@ class EncoderAttention(NamedTuple):
     def reasons_for_pytorch(self) -> Iterator[str]:
         """Every reason; none: trilby computes it."""
         query, C, H = self.query, self.embed_dim, self.num_head
-        yield from attention_rules.reasons_of_length(query, self.mask is not None)
-        if self.need_weights:
-            yield "need_weights is True, and trilby's kernels hold no weights"
+        yield from attention_rules.reasons_of_length(query, self.mask is not None, self.need_weights)
         if not self._is_of_one_tensor():
             yield "query, key and value are not one tensor"
         if query.dim() != 3 or query.shape[2] != C or H <= 0 or C % H != 0:

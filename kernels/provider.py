@@ -88,8 +88,11 @@ def _provide_attention() -> None:
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
         _libraries["attention"].append(_pytorchs("_native_multi_head_attention"))
-        left = rules.LEFT_IN_ENCODER
-        torch.ops.trilby.provide_encoder(left.start, left.stop, rules.LARGEST_HEAD_DIM)
+        torch.ops.trilby.provide_encoder(
+            [end for dtype in _DTYPES for left in rules.LEFT_IN_ENCODER[dtype] for end in (left.start, left.stop)],
+            rules.FEWEST_LEFT_IN_ENCODER,
+            rules.LARGEST_HEAD_DIM,
+        )
 
 
 def _withdraw_attention() -> None:

@@ -22,7 +22,8 @@ OPERATOR = "aten::_native_multi_head_attention"
 @pytest.fixture(autouse=True)
 def any_length(monkeypatch) -> None:
     """Encoders' attention is trilby's whatever its length."""
-    monkeypatch.setattr(attention_rules, "LEFT_IN_ENCODER", range(0))
+    none = dict.fromkeys(DTYPES, (range(0), range(0)))
+    monkeypatch.setattr(attention_rules, "LEFT_IN_ENCODER", none)
 
 
 def encoder(dtype: torch.dtype = torch.float32, **options: object) -> nn.TransformerEncoderLayer:
@@ -73,6 +74,65 @@ def test_an_encoder_is_as_exact_as_pytorchs(dtype, mask, kind):
     assert_as_exact_as(ours[seen], rival[seen], truth[seen], "encoder")
 
 
+def masks_of(length: int) -> dict[str, dict[str, Tensor]]:
+    """What hides nothing, what follows, and padding: none of it, a third at the end, a quarter at the beginning."""
+    place = torch.arange(length)
+    hidden = torch.stack([place < 0, place >= length - length // 3, place < length // 4])
+    return {
+        "none": {},
+        "of padding": {"key_padding_mask": hidden},
+        "both": {"attn_mask": place > place.unsqueeze(1), "key_padding_mask": hidden},
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("length", [1, 63, 130])
+@pytest.mark.parametrize("mask", ["none", "of padding", "both"])
+@torch.no_grad()
+def test_weights_are_as_exact_as_pytorchs(level, dtype, averaged, length, mask):
+    """Of each head, and the mean of all, on every level; so is the output beside them."""
+
+    def run(dtype_of_run: torch.dtype) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        layer = nn.MultiheadAttention(C, H, batch_first=True).eval().to(dtype).to(dtype_of_run)
+        x = torch.randn(B, length, C).to(dtype).to(dtype_of_run)
+        return layer(x, x, x, average_attn_weights=averaged, **masks_of(length)[mask])
+
+    rivals, truths = run(dtype), run(torch.float64)
+    with activated():
+        ours = run(dtype)
+        (found,) = explain(run, dtype)
+    assert found.is_trilbys, str(found)
+    for name, our, rival, truth in zip(("output", "weights"), ours, rivals, truths):
+        assert (our.dtype, our.shape, our.stride()) == (rival.dtype, rival.shape, rival.stride())
+        seen = ~torch.isnan(truth)  # PyTorch's operator has no number where no key is seen
+        assert_as_exact_as(our[seen], rival[seen], truth[seen], name)
+    assert (ours[1][torch.isnan(truths[1])] == 0).all()
+
+
+@pytest.mark.usefixtures("threads")
+@torch.no_grad()
+def test_weights_are_the_same_bits_for_any_number_of_threads():
+    layer, x = nn.MultiheadAttention(C, H, batch_first=True).eval(), text()
+    with activated():
+        for averaged in (True, False):
+            results = []
+            for count in (1, 2, 4):
+                torch.set_num_threads(count)
+                results.append(layer(x, x, x, average_attn_weights=averaged)[1])
+            assert all(torch.equal(result, results[0]) for result in results)
+
+
+@torch.no_grad()
+def test_the_exactness_of_weights_can_fail():
+    """Scores that are a hundredth too large are an error too large."""
+    rival, truth = attend()()[1], attend(torch.float64)()[1]
+    wrong = attend(scale=1.01)
+    with activated(), pytest.raises(AssertionError, match="error"):
+        assert_as_exact_as(wrong()[1], rival, truth, "weights")
+
+
 @torch.no_grad()
 def test_the_exactness_of_an_encoder_can_fail():
     """A scale of the scores that is a hundredth too large is an error too large."""
@@ -97,10 +157,14 @@ def test_a_query_that_sees_no_key_gets_the_bias_as_in_training():
     assert not output.isnan().any()
 
 
-def attend(**options: object) -> Callable[[], object]:
-    layer = nn.MultiheadAttention(C, H, batch_first=True).eval()
-    x = text()
-    return lambda: layer(x, x, x, **options)
+def attend(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A call with weights, whose scores are multiplied by `scale`."""
+    torch.manual_seed(5)
+    layer, x = nn.MultiheadAttention(C, H, batch_first=True).eval(), text()
+    with torch.no_grad():
+        layer.in_proj_weight[:C] *= scale
+    layer, x = layer.to(dtype), x.to(dtype)
+    return lambda: layer(x, x, x)
 
 
 def operator(x: Tensor, *, key: Tensor | None = None, **options: object) -> Callable[[], object]:
@@ -112,7 +176,6 @@ def operator(x: Tensor, *, key: Tensor | None = None, **options: object) -> Call
 
 
 LEFT = {
-    "weights": (attend(), "need_weights is True"),
     "float64": (operator(text().double()), "dtypes are torch.float64"),
     "other keys": (operator(text(), key=text() + 1), "not one tensor"),
 }
@@ -150,15 +213,17 @@ def test_what_pytorch_refuses_is_refused_in_its_words(function):
 
 def test_lengths_decide_by_the_limits_that_are_named(monkeypatch):
     monkeypatch.undo()
-    left = attention_rules.LEFT_IN_ENCODER
-    for dtype, masked in product(DTYPES, (False, True)):
+    monkeypatch.setattr(attention_rules, "FEWEST_LEFT_IN_ENCODER", 2 * 4 * 33 * 33)
+    for dtype, masked, weighed in product(DTYPES, (False, True), (False, True)):
         layer = nn.MultiheadAttention(4, 2, batch_first=True, dtype=dtype).eval()
-        for length in (1, left.start - 1, left.start, left.stop - 1, left.stop):
-            x = torch.ones(2, length, 4, dtype=dtype)
-            mask = torch.zeros(2, length, dtype=torch.bool) if masked else None
+        left = attention_rules.LEFT_IN_ENCODER[dtype][weighed]
+        for batch, length in ((2, 1), (2, 32), (2, 33), (1, 33), (2, 127), (2, 128), (2, 255), (2, 256), (2, 300)):
+            x = torch.ones(batch, length, 4, dtype=dtype)
+            mask = torch.zeros(batch, length, dtype=torch.bool) if masked else None
             with activated(), torch.no_grad():
-                (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=False)
-            assert found.is_trilbys == (masked or dtype != torch.float32 or length not in left), str(found)
+                (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=weighed)
+            is_left = not masked and length in left and batch * 4 * length**2 >= 2 * 4 * 33 * 33
+            assert found.is_trilbys == (not is_left), str(found)
 
 
 @torch.no_grad()
