@@ -1,6 +1,7 @@
-// Attention forward, backward and decoding at random sizes, with all that it may be asked for, and linear layers of few
-// rows, with every tensor in a block of its own, so that AddressSanitizer sees the first byte read or written outside.
-// Built and run by test_sanitizers.py, once for each instruction-set level.
+// Attention forward, backward and decoding at random sizes, with all that it may be asked for, its weights, and linear
+// layers of few rows, with every tensor in a block of its own, so that AddressSanitizer sees the first byte read or
+// written outside. Built and run by test_sanitizers.py, once for each instruction-set level.
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -140,6 +141,24 @@ void attend_once() {
                                    threads);
 }
 
+void weigh_once() {
+  const int64_t B = up_to(2), H = up_to(3), T = up_to(150), S = up_to(150), D = up_to(70), gap = up_to(2);
+  const Dtype dtype = static_cast<Dtype>(generator() % 3);
+  const bool of_all_heads = one_in(2);
+  const Tensor query(B, H, T, D, dtype, gap), key(B, H, S, D, dtype, gap),
+      weights(B, of_all_heads ? 1 : H, T, S, dtype);
+  const Numbers<float> logsumexp(B * H * T, [](int64_t n) { return n % 9 ? 3.0f : -INFINITY; });
+  const Numbers<uint8_t> mask(B * H * T * S, [](int64_t) { return one_in(2); });
+  AttentionRule rule = {0.2f};
+  if (one_in(2)) {
+    rule.mask_kind = Mask::boolean;
+    rule.mask = {mask.data.get(), H * T * S, T * S, S, 1};
+  }
+  TRILBY_LEVEL::attention_weights(
+      {{B, H, H, T, S, D, D, dtype}, rule, query.view, key.view, logsumexp.data.get(), weights.view, of_all_heads},
+      {up_to(3), run});
+}
+
 void multiply_once() {
   const int64_t M = up_to(20), K = up_to(700), N = up_to(70), gap = up_to(2);
   const Dtype dtype = static_cast<Dtype>(generator() % 3);
@@ -176,6 +195,7 @@ int main() {
   constexpr int CASES = 200;
   for (int i = 0; i < CASES; i++) {
     attend_once();
+    weigh_once();
     multiply_once();
   }
   std::printf("%d cases\n", CASES);

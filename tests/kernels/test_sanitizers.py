@@ -15,7 +15,7 @@ COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 SANITIZE = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-Wno-psabi"]
 
 
-KERNELS = ("attention_forward", "attention_decode", "attention_backward", "linear")
+KERNELS = ("attention_forward", "attention_decode", "attention_weights", "attention_backward", "linear")
 
 
 @pytest.fixture
