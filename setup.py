@@ -29,7 +29,7 @@ PER_LEVEL = [
     "level.cpp",
 ]
 # What the levels for bf16 gain something for; all else is avx512's there, too.
-PER_BF16_LEVEL = ["attention_forward.cpp", "attention_backward.cpp", "level.cpp"]
+PER_BF16_LEVEL = ["attention_forward.cpp", "attention_weights.cpp", "attention_backward.cpp", "level.cpp"]
 SOURCES = {"avx512bf16": PER_BF16_LEVEL, "amx": [*PER_BF16_LEVEL, "tile_check.cpp"]}
 ONCE = [
     "bindings_attention.cpp",

@@ -131,6 +131,12 @@ class BlockLoader {
                            WHICH == Transposed::values ? transposed_ : nullptr)};
   }
 
+  // Without values.
+  template <class Format, class Problem>
+  KeyBlock load_keys(const Problem& problem, const Sequence& sequence, int64_t head, const KeyRange& range) const {
+    return {range, load_tile_rows({}, sequence, problem.key, head, range, problem.shape.head_dim, keys_, nullptr), {}};
+  }
+
  private:
   uint16_t *keys_, *values_, *transposed_;
 };

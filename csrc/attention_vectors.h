@@ -58,6 +58,14 @@ class BlockLoader {
             load_rows<Format>(sequences, sequence, problem.value, head, first, count, shape.value_dim, values_)};
   }
 
+  // Without values.
+  template <class Format, class Problem>
+  KeyBlock load_keys(const Problem& problem, const Sequence& sequence, int64_t head, const KeyRange& range) const {
+    return {range,
+            load_rows<Format>({}, sequence, problem.key, head, range.first, range.count, problem.shape.head_dim, keys_),
+            nullptr};
+  }
+
  private:
   float *keys_, *values_;
 };

@@ -7,7 +7,7 @@
 // Operations: 2 · D flops and one exp2 for each pair and head. Traffic: weights once; queries and keys once for each
 // block and panel, from the cache.
 #include "attention_forward.h"
-#include "attention_vectors.h"
+#include "attention_products.h"
 #include "level.h"
 
 namespace trilby::TRILBY_LEVEL {
@@ -15,7 +15,7 @@ namespace trilby::TRILBY_LEVEL {
 namespace {
 
 struct Workspace {
-  float *queries, *keys;        // [D][PANEL], [BLOCK][D]
+  ForwardProducts products;
   float *scores, *sums, *mask;  // [BLOCK][PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
@@ -27,8 +27,7 @@ struct Workspace {
 
  private:
   void place(Carver& carver, const AttentionShape& shape) {
-    queries = carver.take(shape.head_dim * PANEL);
-    keys = carver.take(BLOCK * shape.head_dim);
+    products.place(carver, shape);
     scores = carver.take(BLOCK * PANEL);
     sums = carver.take(BLOCK * PANEL);
     mask = carver.take(BLOCK * PANEL);
@@ -61,7 +60,8 @@ void weigh(const AttentionWeights& problem, int64_t batch, int64_t first_head, i
   const AttentionShape& shape = problem.shape;
   const Sequence sequence(shape, {shape.batch}, problem.rule, batch);
   const Workspace work(shape);
-  const int64_t queries = smaller(shape.query_length - first_query, PANEL), D = shape.head_dim;
+  const UnitInUse unit;
+  const int64_t queries = smaller(shape.query_length - first_query, PANEL);
   float shares[PANEL];
   for (float& share : shares) share = 1.0f / static_cast<float>(end_head - first_head);
   for (int64_t first = 0; first < shape.key_length; first += BLOCK) {
@@ -71,11 +71,10 @@ void weigh(const AttentionWeights& problem, int64_t batch, int64_t first_head, i
       Sight sight(sequence, first_query, block);
       sight.mask = load_mask(problem.rule, sequence, head, first_query, queries, block.first, block.count, work.mask);
       if (sight.mask.hides_all) continue;
-      pack_transposed<Format>(row_of<const Element>(problem.query, batch, head, first_query), problem.query, queries, D,
-                              1.0f, work.queries, PANEL);
-      const float* keys = packed_rows<Format>(row_of<const Element>(problem.key, batch, head, block.first), problem.key,
-                                              block.count, D, work.keys);
-      keys_by_panel(sight, keys, D, work.queries, work.scores);
+      work.products.pack_queries<Format>(0, row_of<const Element>(problem.query, batch, head, first_query),
+                                         problem.query, queries, shape.head_dim, 1.0f);
+      const KeyBlock keys = work.products.blocks.load_keys<Format>(problem, sequence, head, block);
+      work.products.scores(0, keys, shape, sight, work.scores);
       add_probabilities(problem, sight,
                         problem.logsumexp + (batch * shape.query_heads + head) * shape.query_length + first_query,
                         queries, block, work);
@@ -99,6 +98,12 @@ void weights(const AttentionWeights& problem, const Threads& threads) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+void attention_weights(const AttentionWeights& problem, const Threads& threads) {
+  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_weights(problem, threads);
+  weights<BFloat16>(problem, threads);
+}
+#else
 void attention_weights(const AttentionWeights& problem, const Threads& threads) {
   switch (problem.shape.dtype) {
     case Dtype::float32: return weights<Float32>(problem, threads);
@@ -106,5 +111,6 @@ void attention_weights(const AttentionWeights& problem, const Threads& threads) 
     case Dtype::float16: return weights<Float16>(problem, threads);
   }
 }
+#endif
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -24,17 +24,7 @@ using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::throw_pytorchs_error;
 
-// Which calls without a mask are PyTorch's; kernels/attention_rules.py says why.
-struct Limits {
-  Sizes left;  // queries from which and below which: without weights, with them; in float32, bfloat16 and float16
-  int64_t fewest_multiplications, largest_head_dim;
-
-  bool leave(const Tensor& query, bool need_weights) const {
-    const auto row = static_cast<size_t>(2 * static_cast<int>(trilby::dtype_of(query, "query")) + need_weights);
-    const int64_t T = query.size(1);
-    return T >= left[2 * row] && T < left[2 * row + 1] && query.numel() * T >= fewest_multiplications;
-  }
-} limits;
+int64_t largest_head_dim;  // of kernels/attention_rules.py
 
 // A call of the operator. H heads of D; C = H · D.
 struct Call {
@@ -70,8 +60,7 @@ bool is_trilbys(const Call& call) {
   const Tensor& query = call.query;
   const int64_t C = call.embed_dim, H = call.num_head;
   if (query.dim() != 3 || query.numel() == 0 || !has_kernel_dtype(query)) return false;
-  if (!call.mask && limits.leave(query, call.need_weights)) return false;
-  if (query.size(2) != C || H <= 0 || C % H != 0 || C / H > limits.largest_head_dim) return false;
+  if (query.size(2) != C || H <= 0 || C % H != 0 || C / H > largest_head_dim) return false;
   const std::pair<const Tensor&, Sizes> parameters[] = {
       {call.qkv_weight, {3 * C, C}}, {call.qkv_bias, {3 * C}}, {call.proj_weight, {C, C}}, {call.proj_bias, {C}}};
   for (const auto& [parameter, sizes] : parameters) {
@@ -183,8 +172,8 @@ std::tuple<Tensor, Tensor> multi_head_attention(const Tensor& query, const Tenso
 
 std::unique_ptr<trilby::Library> library_in_place;
 
-void provide_encoder(Sizes left, int64_t fewest_multiplications, int64_t largest_head_dim) {
-  limits = {std::move(left), fewest_multiplications, largest_head_dim};
+void provide_encoder(int64_t largest) {
+  largest_head_dim = largest;
   library_in_place = trilby::in_pytorchs_place(__FILE__, __LINE__);
   library_in_place->impl("_native_multi_head_attention", TORCH_BOX(&multi_head_attention));
 }
@@ -194,7 +183,7 @@ void withdraw_encoder() { library_in_place.reset(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
-  library.def("provide_encoder(int[] left, int fewest_multiplications, int largest_head_dim) -> ()");
+  library.def("provide_encoder(int largest_head_dim) -> ()");
   library.def("withdraw_encoder() -> ()");
   library.def(
       "pytorch__native_multi_head_attention(Tensor query, Tensor key, Tensor value, int embed_dim, int num_head, "

@@ -28,13 +28,13 @@ void gelu(const Gelu&, const Threads&);
 namespace trilby::TRILBY_LEVEL {
 
 using avx512::attention_decode;
-using avx512::attention_weights;
 using avx512::gelu;
 using avx512::linear;
 using avx512::norm_backward;
 using avx512::norm_forward;
 
 void attention_forward(const AttentionForward&, const Threads&);
+void attention_weights(const AttentionWeights&, const Threads&);
 void attention_backward(const AttentionBackward&, const Threads&);
 
 #if defined(__AMX_BF16__)

@@ -4,7 +4,6 @@
 kernels in PyTorch's place (csrc/bindings_provider.cpp) go by the same limits.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -75,24 +74,6 @@ FEWEST_IN_PLACE = {
 # float16 the same gain 1.35 (1.35, 1.24), 1.48 (1.47, 1.60), 1.8 (2.2, 2.7), 1.25 (1.06, 1.01), and 1.2 to 4 with the
 # backward, in bfloat16 1.2 to 1.8, and 1.6 to 3 with it.
 FEWEST_MASKED_MULTIPLICATIONS = 10_000_000
-# Queries of PyTorch's one operator of attention and its projections, for inference, with which it is PyTorch's, where
-# there is no mask: without and with the weights that it may return. Else it is trilby's. Measured on one thread of a
-# Zen 4, (B, T, H, D) of (1, 1, 2, 16), (1, 16, 4, 32), (8, 16, 4, 32), (1, 64, 6, 64), (8, 64, 4, 32), (1, 128, 6, 64),
-# (1, 256, 6, 64), (1, 512, 6, 64), projections included: in float32 1.08 1.12 1.10 1.05 1.14 1.07 1.13 1.19, in
-# bfloat16 1.05 1.33 1.27 1.11 1.26 1.11 1.13 1.21, in float16 1.06 1.21 1.20 1.26 1.58 1.51 2.02 3.17; with weights
-# 1.23 1.21 1.08 1.00 1.02 1.01 1.00 0.98, 1.22 1.47 1.28 1.06 1.14 0.99 0.92 0.87 and 1.24 1.21 1.19 1.25 1.53 1.47
-# 1.94 2.97; with a mask of padding 1.01 to 1.85, 1.02 to 3.99 and 1.03 to 4.01, and with weights, too, 1.07 to 1.55 and
-# 1.13 to 2.78. On a Xeon, called from Python (40 µs more), the last four, without mask and weights, were 0.83, 0.91,
-# 0.99 and 1.08 in float32, and 1.0 to 1.2 in half precision.
-_NONE, _ALL = range(0), sys.maxsize
-LEFT_IN_ENCODER = {
-    torch.float32: (range(33, 256), range(33, _ALL)),
-    torch.bfloat16: (_NONE, range(128, _ALL)),
-    torch.float16: (_NONE, _NONE),
-}
-# Multiplications for the scores, B·H·T·T·D, below which such a call is over sooner here, all the same: to hand it on
-# takes 12 µs, a fifth of its time at (1, 64, 2, 16).
-FEWEST_LEFT_IN_ENCODER = 2**21
 
 
 class Mask(NamedTuple):
@@ -297,15 +278,6 @@ def _reasons_of_size(call: AttentionCall) -> Iterator[str]:
             yield f"masked scores take {multiplications} multiplications, fewer than {FEWEST_MASKED_MULTIPLICATIONS}"
         if not call.mask.hides:
             yield "attn_mask is added in float32, and no corner of it hides a pair"
-
-
-def reasons_of_length(query: Tensor, has_mask: bool, need_weights: bool) -> Iterator[str]:
-    """Why an encoder's attention in inference, of query [B, T, H · D], is over sooner in PyTorch."""
-    T = query.shape[-2]
-    left = LEFT_IN_ENCODER.get(query.dtype, (_NONE, _NONE))[need_weights]
-    if not has_mask and T in left and query.numel() * T >= FEWEST_LEFT_IN_ENCODER:
-        until = f" to {left.stop - 1}" if left.stop < _ALL else ""
-        yield f"there are {T} queries, from {left.start}{until}, in an encoder's inference without a mask"
 
 
 def reasons_against_heads(query: Tensor, heads: int) -> Iterator[str]:

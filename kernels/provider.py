@@ -28,7 +28,6 @@ from .override import Override, StandIn, has_kernel_of_its_own, release_all, sta
 
 NAME = "trilby"  # among PyTorch's implementations of flash attention
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _FOR_GOOD = object()  # what `activate` holds the overrides for
 
@@ -82,17 +81,13 @@ def _provide_attention() -> None:
             rules.MOST_DECODED,
             rules.MOST_DECODED_ROWS,
             rules.FEW_DECODED,
-            [rules.FEWEST_DECODED[dtype] for dtype in _DTYPES],
+            [rules.FEWEST_DECODED[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)],
             rules.FEW_KEYS,
             [queries for limits in rules.FEWEST_IN_PLACE.values() for queries in limits],
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
         _libraries["attention"].append(_pytorchs("_native_multi_head_attention"))
-        torch.ops.trilby.provide_encoder(
-            [end for dtype in _DTYPES for left in rules.LEFT_IN_ENCODER[dtype] for end in (left.start, left.stop)],
-            rules.FEWEST_LEFT_IN_ENCODER,
-            rules.LARGEST_HEAD_DIM,
-        )
+        torch.ops.trilby.provide_encoder(rules.LARGEST_HEAD_DIM)
 
 
 def _withdraw_attention() -> None:
@@ -146,8 +141,8 @@ def activate() -> None:
     `F.scaled_dot_product_attention`, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer`, `F.layer_norm`,
     `F.rms_norm`, `nn.LayerNorm`, `nn.RMSNorm` and all that is made of them run trilby's kernels from now on, forward
     and backward, until `restore`. Attention that trilby has no faster kernel for (few queries, float64) stays
-    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do short encoders in inference, norms in
-    other dtypes than float32, bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why.
+    PyTorch's, as it does in `trilby.kernels.scaled_dot_product_attention`; so do norms in other dtypes than float32,
+    bfloat16 and float16, and small RMS norms. `explain` tells which call is whose, and why.
     Activating twice is activating once.
 
     On GPUs it is attention without masks and dropout, and layer norms, that Triton kernels compute; RMS norms stay

@@ -1,14 +1,13 @@
 """Encoders in inference: PyTorch's one operator of attention and its projections, with trilby in its place."""
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
 from activation import DTYPES
 from tolerance import assert_as_exact_as
 from torch import Tensor, nn
-from trilby.kernels import activated, attention_rules, explain, strict
+from trilby.kernels import activated, explain, strict
 from trilby.kernels.ops import NATIVE
 
 pytestmark = [
@@ -17,13 +16,6 @@ pytestmark = [
 ]
 B, T, C, H = 3, 70, 64, 4
 OPERATOR = "aten::_native_multi_head_attention"
-
-
-@pytest.fixture(autouse=True)
-def any_length(monkeypatch) -> None:
-    """Encoders' attention is trilby's whatever its length."""
-    none = dict.fromkeys(DTYPES, (range(0), range(0)))
-    monkeypatch.setattr(attention_rules, "LEFT_IN_ENCODER", none)
 
 
 def encoder(dtype: torch.dtype = torch.float32, **options: object) -> nn.TransformerEncoderLayer:
@@ -209,21 +201,6 @@ def test_what_pytorch_refuses_is_refused_in_its_words(function):
     with activated(), pytest.raises(RuntimeError) as ours:
         function()
     assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
-
-
-def test_lengths_decide_by_the_limits_that_are_named(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(attention_rules, "FEWEST_LEFT_IN_ENCODER", 2 * 4 * 33 * 33)
-    for dtype, masked, weighed in product(DTYPES, (False, True), (False, True)):
-        layer = nn.MultiheadAttention(4, 2, batch_first=True, dtype=dtype).eval()
-        left = attention_rules.LEFT_IN_ENCODER[dtype][weighed]
-        for batch, length in ((2, 1), (2, 32), (2, 33), (1, 33), (2, 127), (2, 128), (2, 255), (2, 256), (2, 300)):
-            x = torch.ones(batch, length, 4, dtype=dtype)
-            mask = torch.zeros(batch, length, dtype=torch.bool) if masked else None
-            with activated(), torch.no_grad():
-                (found,) = explain(layer, x, x, x, key_padding_mask=mask, need_weights=weighed)
-            is_left = not masked and length in left and batch * 4 * length**2 >= 2 * 4 * 33 * 33
-            assert found.is_trilbys == (not is_left), str(found)
 
 
 @torch.no_grad()
