@@ -123,7 +123,7 @@ def _run(plan: Plan, command: str, console: Console) -> Run:
             progress.update(task, description="your model, one line")
             tried, others = try_models(trial, ceilings, advance)
             rows, trainings = rows + list(tried), trainings + others
-        advised = tuple(launch_lines()) if plan.device == "cuda" else ()
+        advised = tuple(launch_lines(plan)) if plan.device == "cuda" else ()
         if plan.device == "cuda" and plan.includes("attention") and not plan.quick:
             advised += _advice()
     seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trilby.bench import rates
+from trilby.bench import launching, rates
 from trilby.bench.__main__ import main
 from trilby.bench.cases import GPU_ATTENTION_CASES, GPU_NORM_CASES, AttentionCase, NormCase
 from trilby.bench.contestants import contestants, prepare
@@ -107,6 +107,19 @@ def test_a_full_run_on_a_gpu_fits_eight_minutes():
     plan = Plan(device="cuda")
     rows = sum(len(case.dtypes) * 2 for case in plan.cases)
     assert rows * plan.budget().seconds < 0.25 * 8 * 60  # the rest: checking, compiling, and 250 repeats of 5 cases
+
+
+@pytest.mark.parametrize(
+    ("only", "operations"),
+    [(None, ["attention"] * 2 + ["layer_norm"] * 2), ("norm", ["layer_norm"] * 2), ("attention", ["attention"] * 2)],
+)
+def test_what_launching_takes_is_told_of_the_groups_that_run(monkeypatch, only, operations):
+    cases = {"attention": (AttentionCase(1, 2, 24, 8, ""),), "norm": (NormCase(8, 32, ""),)}
+    monkeypatch.setattr(launching, "CASES", cases)
+    monkeypatch.setattr(launching, "BUDGET", Budget(seconds=0.0))
+    lines = list(launching.launch_lines(Plan(only, device="cuda")))
+    assert [line.split(", ")[1].split()[0] for line in lines] == operations
+    assert all(" trilby " in line and " PyTorch " in line for line in lines)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
