@@ -47,6 +47,15 @@ inline Tensor empty_contiguous(const Sizes& sizes, ScalarType dtype) {
   return empty(sizes, strides, dtype);
 }
 
+// The elements of `tensor`, from its own first one on, as a tensor of other sizes and strides.
+inline Tensor seen_as(const Tensor& tensor, const Sizes& sizes, const Sizes& strides) {
+  constexpr int64_t NO_FURTHER = 0;  // what is added to the tensor's own offset
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                        strides.data(), NO_FURTHER, &handle));
+  return Tensor(handle);
+}
+
 // [B, H, T, D] in the memory order (B, T, H, D): what a projection of all heads reads without a copy.
 inline Tensor empty_heads_inside(int64_t B, int64_t H, int64_t T, int64_t D, ScalarType dtype) {
   return empty({B, H, T, D}, {T * H * D, D, H * D, 1}, dtype);

@@ -20,6 +20,7 @@ using torch::stable::detail::to;
 using trilby::empty_contiguous;
 using trilby::has_kernel_dtype;
 using trilby::Optional;
+using trilby::seen_as;
 using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::throw_pytorchs_error;
@@ -68,13 +69,6 @@ bool is_trilbys(const Call& call) {
   }
   return (!call.mask || sizes_of(*call.mask) == call.mask_sizes()) && are_one(query, call.key) &&
          are_one(query, call.value);
-}
-
-Tensor seen_as(const Tensor& tensor, const Sizes& sizes, const Sizes& strides) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                        strides.data(), tensor.storage_offset(), &handle));
-  return Tensor(handle);
 }
 
 // rows [N, K] · weight [M, K]ᵀ + bias [M]

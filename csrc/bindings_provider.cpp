@@ -172,10 +172,7 @@ std::tuple<Tensor, Tensor> pytorchs_attention(const Tensor& query, const Tensor&
 Tensor empty_logsumexp(int64_t B, int64_t H, int64_t T, bool marked) {
   const Sizes sizes = {B, H, T}, strides = {T * H, 1, H};
   if (!marked) return empty(sizes, strides, ScalarType::Float);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(empty({B * H * T + 1}, {1}, ScalarType::Float).get(), 3,
-                                                        sizes.data(), strides.data(), 0, &handle));
-  return Tensor(handle);
+  return trilby::seen_as(empty({B * H * T + 1}, {1}, ScalarType::Float), sizes, strides);
 }
 
 bool is_marked(const Tensor& logsumexp) {

@@ -125,6 +125,34 @@ def test_the_exactness_of_weights_can_fail():
         assert_as_exact_as(wrong()[1], rival, truth, "weights")
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@torch.no_grad()
+def test_slices_of_larger_tensors_are_read_where_they_begin(need_weights):
+    """Input, parameters and mask: each begins within its memory, and the input and a weight have gaps."""
+    x = torch.randn(B, T + 3, C)[:, 2:-1]
+    parameters = (
+        torch.randn(4, 3 * C, C)[1],
+        torch.randn(5, 3 * C)[2],
+        torch.randn(C, 3 * C)[:, C:-C],
+        torch.randn(3, C)[1],
+    )
+    mask = torch.rand(B, 2 * T)[:, 11 : 11 + T] > 0.7
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        given = x if dtype == x.dtype else x.to(dtype)  # a copy would begin at 0
+        own = parameters if dtype == x.dtype else [parameter.to(dtype) for parameter in parameters]
+        return torch._native_multi_head_attention(
+            given, given, given, C, H, *own, mask, need_weights=need_weights, mask_type=1
+        )
+
+    rivals, truths = run(torch.float32), run(torch.float64)
+    with activated():
+        ours = run(torch.float32)
+        assert explain(run, torch.float32)[0].is_trilbys
+    for our, rival, truth in zip(ours[: 1 + need_weights], rivals, truths):
+        assert_as_exact_as(our, rival, truth, "of slices")
+
+
 @torch.no_grad()
 def test_the_exactness_of_an_encoder_can_fail():
     """A scale of the scores that is a hundredth too large is an error too large."""
