@@ -44,10 +44,7 @@ struct Workspace {
   float *mask, *slopes, *dropout_factors;  // [BLOCK][PANEL]; slopes are those of the softcap
 
   Workspace(const AttentionShape& shape, int64_t gradient_rows) {
-    Carver carver;
-    place(carver, shape, gradient_rows);
-    carver.allocate();
-    place(carver, shape, gradient_rows);
+    carve([&](Carver& carver) { place(carver, shape, gradient_rows); });
   }
 
  private:
@@ -351,19 +348,9 @@ void backward(const AttentionBackward& problem, const Threads& threads) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
 void attention_backward(const AttentionBackward& problem, const Threads& threads) {
-  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_backward(problem, threads);
-  backward<BFloat16>(problem, threads);
+  in_its_format(problem, threads, TRILBY_VECTOR_LEVEL::attention_backward,
+                [&](auto format) { backward<decltype(format)>(problem, threads); });
 }
-#else
-void attention_backward(const AttentionBackward& problem, const Threads& threads) {
-  switch (problem.shape.dtype) {
-    case Dtype::float32: return backward<Float32>(problem, threads);
-    case Dtype::bfloat16: return backward<BFloat16>(problem, threads);
-    case Dtype::float16: return backward<Float16>(problem, threads);
-  }
-}
-#endif
 
 }  // namespace trilby::TRILBY_LEVEL

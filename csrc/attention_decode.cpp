@@ -139,11 +139,7 @@ void decode(const AttentionForward& problem, const Threads& threads) {
 }  // namespace
 
 void attention_decode(const AttentionForward& problem, const Threads& threads) {
-  switch (problem.shape.dtype) {
-    case Dtype::float32: return decode<Float32>(problem, threads);
-    case Dtype::bfloat16: return decode<BFloat16>(problem, threads);
-    case Dtype::float16: return decode<Float16>(problem, threads);
-  }
+  in_format(problem.shape.dtype, [&](auto format) { decode<decltype(format)>(problem, threads); });
 }
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -38,10 +38,7 @@ struct Workspace {
   float *scores, *mask, *factors;  // [BLOCK][PANEL], [BLOCK][PANEL], [PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
-    Carver carver;
-    place(carver, shape);
-    carver.allocate();
-    place(carver, shape);
+    carve([&](Carver& carver) { place(carver, shape); });
   }
 
  private:
@@ -226,19 +223,9 @@ void forward(const AttentionForward& problem, const Threads& threads) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
 void attention_forward(const AttentionForward& problem, const Threads& threads) {
-  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_forward(problem, threads);
-  forward<BFloat16>(problem, threads);
+  in_its_format(problem, threads, TRILBY_VECTOR_LEVEL::attention_forward,
+                [&](auto format) { forward<decltype(format)>(problem, threads); });
 }
-#else
-void attention_forward(const AttentionForward& problem, const Threads& threads) {
-  switch (problem.shape.dtype) {
-    case Dtype::float32: return forward<Float32>(problem, threads);
-    case Dtype::bfloat16: return forward<BFloat16>(problem, threads);
-    case Dtype::float16: return forward<Float16>(problem, threads);
-  }
-}
-#endif
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -35,31 +35,6 @@ struct KeyBlock : KeyRange {
   }
 };
 
-// `rows` rows of `columns` elements as floats, in whole vectors, with zeros after each and in the rest of a panel.
-template <class Format>
-static inline void pack_padded(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns,
-                               float* to) {
-  const int64_t width = whole_vectors(columns);
-  for (int64_t m = 0; m < PANEL; m++) {
-    float* row = to + m * width;
-    if (m < rows) {
-      store(row + width - LANES, Vector{});
-      unpack_row<Format>(from + m * view.row, view.column, columns, row);
-    } else {
-      for (int64_t d = 0; d < width; d += LANES) store(row + d, Vector{});
-    }
-  }
-}
-
-// Such rows as columns [columns][PANEL]. To copy rows first and transpose them in the cache asks for their lines one
-// after the other, all at once; the transposition itself waits for those of each block. Measured on a Zen 4, one
-// thread, T = 128, queries, gradients and outputs of a panel: 17,000 cycles instead of 28,000, the backward 1.07 times
-// as fast, 1.05 at T = 256, from 1024 on as fast. Prefetching them instead gained nothing, nor did the copy in the
-// forward.
-static inline void transpose_padded(const float* rows, int64_t count, int64_t columns, float scale, float* to) {
-  pack_transposed<Float32>(rows, {nullptr, 0, 0, whole_vectors(columns), 1}, count, columns, scale, to, PANEL);
-}
-
 // What a task holds while it multiplies: of vectors, nothing.
 struct UnitInUse {
   UnitInUse() {}
@@ -214,9 +189,9 @@ struct BackwardProducts {
     pack_padded<Format>(query, problem.query, count, D, panel.queries);
     pack_padded<Format>(grad, problem.grad_output, count, Dv, panel.grads);
     pack_padded<Format>(output, problem.output, count, Dv, outputs_);
-    transpose_padded(panel.queries, count, D, 1.0f, panel.queries_transposed);
-    transpose_padded(panel.grads, count, Dv, 1.0f, panel.grads_transposed);
-    transpose_padded(outputs_, count, Dv, 1.0f, output_transposed_);
+    transpose_padded(panel.queries, count, D, panel.queries_transposed);
+    transpose_padded(panel.grads, count, Dv, panel.grads_transposed);
+    transpose_padded(outputs_, count, Dv, output_transposed_);
     for (int m = 0; m < PANEL; m += LANES) {
       Vector sum = {};
       for (int64_t i = m; i < Dv * PANEL; i += PANEL) {
@@ -264,6 +239,31 @@ struct BackwardProducts {
     float *queries_transposed, *grads_transposed, *queries, *grads;
   } panels_[PANELS];
   float *outputs_, *output_transposed_, *seen_;  // [PANEL][Dv], in whole vectors; [Dv][PANEL]; [BLOCK][PANEL]
+
+  // `rows` rows of `columns` elements as floats, in whole vectors, with zeros after each and in the rest of a panel.
+  template <class Format>
+  static void pack_padded(const typename Format::Element* from, const View& view, int64_t rows, int64_t columns,
+                          float* to) {
+    const int64_t width = whole_vectors(columns);
+    for (int64_t m = 0; m < PANEL; m++) {
+      float* row = to + m * width;
+      if (m < rows) {
+        store(row + width - LANES, Vector{});
+        unpack_row<Format>(from + m * view.row, view.column, columns, row);
+      } else {
+        for (int64_t d = 0; d < width; d += LANES) store(row + d, Vector{});
+      }
+    }
+  }
+
+  // Such rows as columns [columns][PANEL]. To copy rows first and transpose them in the cache asks for their lines one
+  // after the other, all at once; the transposition itself waits for those of each block. Measured on a Zen 4, one
+  // thread, T = 128, queries, gradients and outputs of a panel: 17,000 cycles instead of 28,000, the backward 1.07
+  // times as fast, 1.05 at T = 256, from 1024 on as fast. Prefetching them instead gained nothing, nor did the copy in
+  // the forward.
+  static void transpose_padded(const float* rows, int64_t count, int64_t columns, float* to) {
+    pack_transposed<Float32>(rows, {nullptr, 0, 0, whole_vectors(columns), 1}, count, columns, 1.0f, to, PANEL);
+  }
 
   // gradient[n][d] += sum over m of weights[n][m] · rows[m][d].
   static void accumulate(float* gradient, const Sight& sight, const float* weights, const float* rows, int64_t width) {

@@ -19,10 +19,7 @@ struct Workspace {
   float *scores, *sums, *mask;  // [BLOCK][PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
-    Carver carver;
-    place(carver, shape);
-    carver.allocate();
-    place(carver, shape);
+    carve([&](Carver& carver) { place(carver, shape); });
   }
 
  private:
@@ -98,19 +95,9 @@ void weights(const AttentionWeights& problem, const Threads& threads) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
 void attention_weights(const AttentionWeights& problem, const Threads& threads) {
-  if (!multiplied_by_tiles(problem.shape)) return avx512::attention_weights(problem, threads);
-  weights<BFloat16>(problem, threads);
+  in_its_format(problem, threads, TRILBY_VECTOR_LEVEL::attention_weights,
+                [&](auto format) { weights<decltype(format)>(problem, threads); });
 }
-#else
-void attention_weights(const AttentionWeights& problem, const Threads& threads) {
-  switch (problem.shape.dtype) {
-    case Dtype::float32: return weights<Float32>(problem, threads);
-    case Dtype::bfloat16: return weights<BFloat16>(problem, threads);
-    case Dtype::float16: return weights<Float16>(problem, threads);
-  }
-}
-#endif
 
 }  // namespace trilby::TRILBY_LEVEL

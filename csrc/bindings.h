@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -18,6 +19,9 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 
+// As kernels/attention_rules.py has it: wider heads are computed by the reference.
+constexpr int64_t LARGEST_HEAD_DIM = 256;
+
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
@@ -30,6 +34,11 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 inline Sizes sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+inline bool has_sizes(const Tensor& tensor, const Sizes& sizes) {
+  const auto found = tensor.sizes();
+  return std::equal(found.begin(), found.end(), sizes.begin(), sizes.end());
 }
 
 inline Tensor empty(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {

@@ -18,13 +18,12 @@ using torch::stable::Tensor;
 using trilby::dtype_of;
 using trilby::empty;
 using trilby::empty_heads_inside;
+using trilby::has_sizes;
+using trilby::LARGEST_HEAD_DIM;
 using trilby::torch_threads;
 using trilby::view_of;
 
 using Maybe = std::optional<Tensor>;
-
-// As kernels/attention_rules.py has it: wider heads are computed by the reference.
-constexpr int64_t LARGEST_HEAD_DIM = 256;
 
 // What attention is asked for beyond query, key and value; kernels/options.py says what each means.
 struct Options {
@@ -34,8 +33,6 @@ struct Options {
   int64_t window_left, window_right;
   double softcap, dropout_p;
 };
-
-bool has_sizes(const Tensor& tensor, const trilby::Sizes& sizes) { return trilby::sizes_of(tensor) == sizes; }
 
 trilby::AttentionShape attention_shape(const Tensor& query, const Tensor& key, const Tensor& value,
                                        const Options& options) {

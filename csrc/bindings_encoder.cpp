@@ -19,21 +19,20 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using trilby::empty_contiguous;
 using trilby::has_kernel_dtype;
+using trilby::has_sizes;
 using trilby::Optional;
 using trilby::seen_as;
 using trilby::Sizes;
 using trilby::sizes_of;
 using trilby::throw_pytorchs_error;
 
-int64_t largest_head_dim;  // of kernels/attention_rules.py
-
 // A call of the operator. H heads of D; C = H · D.
 struct Call {
-  Tensor query, key, value;       // [B, T, C]
-  int64_t embed_dim, num_head;    // C, H
-  Tensor qkv_weight, qkv_bias;    // [3C, C], [3C]
-  Tensor proj_weight, proj_bias;  // [C, C], [C]
-  Optional mask;                  // hides where it is true, or another number than 0
+  const Tensor &query, &key, &value;      // [B, T, C]
+  int64_t embed_dim, num_head;            // C, H
+  const Tensor &qkv_weight, &qkv_bias;    // [3C, C], [3C]
+  const Tensor &proj_weight, &proj_bias;  // [C, C], [C]
+  const Optional& mask;                   // hides where it is true, or another number than 0
   bool need_weights, average_attn_weights;
   std::optional<int64_t> mask_type;
 
@@ -50,24 +49,20 @@ struct Call {
 };
 
 bool are_one(const Tensor& a, const Tensor& b) {
-  const auto lies = [](const Tensor& tensor) {
-    const auto strides = tensor.strides();
-    return Sizes(strides.begin(), strides.end());
-  };
-  return a.const_data_ptr() == b.const_data_ptr() && sizes_of(a) == sizes_of(b) && lies(a) == lies(b);
+  return a.const_data_ptr() == b.const_data_ptr() && a.sizes() == b.sizes() && a.strides() == b.strides();
 }
 
 bool is_trilbys(const Call& call) {
   const Tensor& query = call.query;
   const int64_t C = call.embed_dim, H = call.num_head;
   if (query.dim() != 3 || query.numel() == 0 || !has_kernel_dtype(query)) return false;
-  if (query.size(2) != C || H <= 0 || C % H != 0 || C / H > largest_head_dim) return false;
+  if (query.size(2) != C || H <= 0 || C % H != 0 || C / H > trilby::LARGEST_HEAD_DIM) return false;
   const std::pair<const Tensor&, Sizes> parameters[] = {
       {call.qkv_weight, {3 * C, C}}, {call.qkv_bias, {3 * C}}, {call.proj_weight, {C, C}}, {call.proj_bias, {C}}};
   for (const auto& [parameter, sizes] : parameters) {
-    if (parameter.scalar_type() != query.scalar_type() || sizes_of(parameter) != sizes) return false;
+    if (parameter.scalar_type() != query.scalar_type() || !has_sizes(parameter, sizes)) return false;
   }
-  return (!call.mask || sizes_of(*call.mask) == call.mask_sizes()) && are_one(query, call.key) &&
+  return (!call.mask || has_sizes(*call.mask, call.mask_sizes())) && are_one(query, call.key) &&
          are_one(query, call.value);
 }
 
@@ -166,8 +161,7 @@ std::tuple<Tensor, Tensor> multi_head_attention(const Tensor& query, const Tenso
 
 std::unique_ptr<trilby::Library> library_in_place;
 
-void provide_encoder(int64_t largest) {
-  largest_head_dim = largest;
+void provide_encoder() {
   library_in_place = trilby::in_pytorchs_place(__FILE__, __LINE__);
   library_in_place->impl("_native_multi_head_attention", TORCH_BOX(&multi_head_attention));
 }
@@ -177,7 +171,7 @@ void withdraw_encoder() { library_in_place.reset(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(trilby, library) {
-  library.def("provide_encoder(int largest_head_dim) -> ()");
+  library.def("provide_encoder() -> ()");
   library.def("withdraw_encoder() -> ()");
   library.def(
       "pytorch__native_multi_head_attention(Tensor query, Tensor key, Tensor value, int embed_dim, int num_head, "

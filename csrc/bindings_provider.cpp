@@ -27,6 +27,7 @@ using trilby::empty;
 using trilby::empty_contiguous;
 using trilby::Floats;
 using trilby::has_kernel_dtype;
+using trilby::has_sizes;
 using trilby::in_pytorchs_place;
 using trilby::Kept;
 using trilby::Library;
@@ -262,9 +263,8 @@ std::tuple<Tensor, Tensor, Tensor> pytorchs(const char* name, std::array<StableI
 
 // The parameters of a norm have its row's size, and float32 or the input's dtype.
 bool fits(const Optional& parameter, const Tensor& input, const Sizes& row) {
-  return !parameter ||
-         (std::equal(row.begin(), row.end(), parameter->sizes().begin(), parameter->sizes().end()) &&
-          (parameter->scalar_type() == ScalarType::Float || parameter->scalar_type() == input.scalar_type()));
+  return !parameter || (has_sizes(*parameter, row) && (parameter->scalar_type() == ScalarType::Float ||
+                                                       parameter->scalar_type() == input.scalar_type()));
 }
 
 // A row of one element is 0 but for how it is rounded, and PyTorch rounds it its own way.

@@ -256,11 +256,7 @@ void linear_in(const Linear& problem, const Threads& threads) {
 }  // namespace
 
 void linear(const Linear& problem, const Threads& threads) {
-  switch (problem.dtype) {
-    case Dtype::float32: return linear_in<Float32>(problem, threads);
-    case Dtype::bfloat16: return linear_in<BFloat16>(problem, threads);
-    case Dtype::float16: return linear_in<Float16>(problem, threads);
-  }
+  in_format(problem.dtype, [&](auto format) { linear_in<decltype(format)>(problem, threads); });
 }
 
 }  // namespace trilby::TRILBY_LEVEL

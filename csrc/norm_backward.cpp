@@ -217,11 +217,7 @@ void backward(const NormBackward& call, const Threads& threads) {
 }  // namespace
 
 void norm_backward(const NormBackward& call, const Threads& threads) {
-  switch (call.shape.dtype) {
-    case Dtype::float32: return backward<Float32>(call, threads);
-    case Dtype::bfloat16: return backward<BFloat16>(call, threads);
-    case Dtype::float16: return backward<Float16>(call, threads);
-  }
+  in_format(call.shape.dtype, [&](auto format) { backward<decltype(format)>(call, threads); });
 }
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -308,11 +308,7 @@ void forward(const NormForward& call, const Threads& threads) {
 }  // namespace
 
 void norm_forward(const NormForward& call, const Threads& threads) {
-  switch (call.shape.dtype) {
-    case Dtype::float32: return forward<Float32>(call, threads);
-    case Dtype::bfloat16: return forward<BFloat16>(call, threads);
-    case Dtype::float16: return forward<Float16>(call, threads);
-  }
+  in_format(call.shape.dtype, [&](auto format) { forward<decltype(format)>(call, threads); });
 }
 
 }  // namespace trilby::TRILBY_LEVEL

@@ -64,6 +64,15 @@ class Carver {
   int64_t taken_ = 0;
 };
 
+// Has `place` take its pieces, once the thread has as much memory as they come to.
+template <class Place>
+static inline void carve(const Place& place) {
+  Carver carver;
+  place(carver);
+  carver.allocate();
+  place(carver);
+}
+
 // Where a pass over scores [BLOCK][PANEL] leaves what becomes of them: in their place.
 struct KeepInPlace {
   static constexpr int KEYS = 1;  // at once

@@ -227,6 +227,16 @@ struct SixteenBits {
 using BFloat16 = SixteenBits<from_bfloat16, to_bfloat16>;
 using Float16 = SixteenBits<from_float16, to_float16>;
 
+// Calls visit(Float32{}), visit(BFloat16{}) or visit(Float16{}).
+template <class Visit>
+static inline void in_format(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::float32: return visit(Float32{});
+    case Dtype::bfloat16: return visit(BFloat16{});
+    case Dtype::float16: return visit(Float16{});
+  }
+}
+
 // A loop over a few elements is called, not inlined: unrolled and vectorized wherever a row ends, it was much of what
 // the compiler had to do.
 template <class Element>

@@ -87,7 +87,7 @@ def _provide_attention() -> None:
         )
         _stand_in("attention", composed.KEYS, composed.ATTENTION)
         _libraries["attention"].append(_pytorchs("_native_multi_head_attention"))
-        torch.ops.trilby.provide_encoder(rules.LARGEST_HEAD_DIM)
+        torch.ops.trilby.provide_encoder()
 
 
 def _withdraw_attention() -> None:

@@ -28,10 +28,10 @@ def text(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(B, T, C, generator=torch.Generator().manual_seed(6)).to(dtype)
 
 
-def padding() -> Tensor:
-    """[B, T], true where there is nothing to see: nowhere, at the end, at the beginning."""
-    place = torch.arange(T)
-    return torch.stack([place < 0, place >= T - 20, place < 9])
+def padding(length: int = T) -> Tensor:
+    """[B, length], true where there is nothing to see: nowhere, at the end, at the beginning."""
+    place = torch.arange(length)
+    return torch.stack([place < 0, place >= length - 20, place < 9])
 
 
 CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -67,13 +67,12 @@ def test_an_encoder_is_as_exact_as_pytorchs(dtype, mask, kind):
 
 
 def masks_of(length: int) -> dict[str, dict[str, Tensor]]:
-    """What hides nothing, what follows, and padding: none of it, a third at the end, a quarter at the beginning."""
-    place = torch.arange(length)
-    hidden = torch.stack([place < 0, place >= length - length // 3, place < length // 4])
+    """None, that of padding, and that with what follows."""
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
     return {
         "none": {},
-        "of padding": {"key_padding_mask": hidden},
-        "both": {"attn_mask": place > place.unsqueeze(1), "key_padding_mask": hidden},
+        "of padding": {"key_padding_mask": padding(length)},
+        "both": {"attn_mask": causal, "key_padding_mask": padding(length)},
     }
 
 

@@ -131,7 +131,8 @@ class TestTiles:
     @pytest.fixture(autouse=True, params=["avx512bf16", "amx"])
     def tiled_level(self, request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param not in NATIVE.levels:
-            pytest.skip(f"no level {request.param} on this machine")
+            why = NATIVE.why_not_amx if request.param == "amx" else "the processor has no AVX512-BF16"
+            pytest.skip(f"no level {request.param}: {why}")
         before = NATIVE.level
         NATIVE.use_level(request.param)
         yield request.param
