@@ -59,12 +59,49 @@ static inline void tile_column(int64_t rows, TileOperand a, TileOperand b, float
   if (rows > 0) tile_block<1, COLUMNS, START>(a, b, out, out_row, steps);
 }
 
+// The same from 0, for 64 steps at most: b's tiles are 4 to 7 and stay, a's 2 and 3, so that 16 rows take two loads
+// where tile_block takes four. Tiles are renamed: the next rows' sums wait for no others. At D = 64 the forward
+// measured 1.01 to 1.03 times as fast on one core of an Emerald Rapids, T = 1024 and 4096; the backward 1.00 to 1.01.
+template <int STEPS>
+static inline void tile_short_column(int64_t rows, TileOperand a, TileOperand b, float* out, int64_t out_row) {
+  static_assert(STEPS == 1 || STEPS == 2);
+  const uint16_t* const second = b.data + TILE_ROWS * b.row;
+  tile_load<4>(b.data, b.row * 2);
+  tile_load<5>(b.data + TILE_NUMBERS, b.row * 2);
+  if constexpr (STEPS == 2) {
+    tile_load<6>(second, b.row * 2);
+    tile_load<7>(second + TILE_NUMBERS, b.row * 2);
+  }
+  for (; rows > 0; rows -= TILE_ROWS) {
+    tile_load<2>(a.data, a.row * 2);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_multiply<0, 2, 4>();
+    tile_multiply<1, 2, 5>();
+    if constexpr (STEPS == 2) {
+      tile_load<3>(a.data + TILE_NUMBERS, a.row * 2);
+      tile_multiply<0, 3, 6>();
+      tile_multiply<1, 3, 7>();
+    }
+    tile_store<0>(out, out_row * 4);
+    tile_store<1>(out + TILE_ROWS, out_row * 4);
+    a.data += TILE_ROWS * a.row;
+    out += TILE_ROWS * out_row;
+  }
+}
+
 // Any numbers of rows, columns and steps, of which the operands and `out` hold whole tiles.
 template <Start START>
 static inline void tile_product(int64_t rows, int64_t columns, TileOperand a, TileOperand b, float* out,
                                 int64_t out_row, int64_t steps) {
   for (; columns > TILE_ROWS; columns -= 2 * TILE_ROWS) {
-    tile_column<2, START>(rows, a, b, out, out_row, steps);
+    if (START == Start::zero && steps <= TILE_NUMBERS) {
+      tile_short_column<1>(rows, a, b, out, out_row);
+    } else if (START == Start::zero && steps <= 2 * TILE_NUMBERS) {
+      tile_short_column<2>(rows, a, b, out, out_row);
+    } else {
+      tile_column<2, START>(rows, a, b, out, out_row, steps);
+    }
     b.data += 2 * TILE_NUMBERS;
     out += 2 * TILE_ROWS;
   }
