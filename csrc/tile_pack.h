@@ -75,24 +75,46 @@ static inline void pair_columns(const uint16_t* from, int64_t width, int64_t row
   }
 }
 
-// Pair k of columns d … d + 15: even[d + i], odd[d + i]. Numbers that are not finite become 0 where FINITE.
-template <bool FINITE>
-static inline Bits pair_of_rows(const uint16_t* even, const uint16_t* odd) {
-  const auto widened = [](const uint16_t* from) {
-    const Bits bits = (Bits)BFloat16::load_vector(from);
-    return FINITE ? ((bits & 0x7f800000u) == 0x7f800000u ? Bits{} : bits) : bits;
-  };
-  return (widened(even) >> 16) | widened(odd);
-}
-
 // As a right operand whose steps are rows: to[k][d] = from[2k][d], from[2k + 1][d], for an even number of rows.
 static inline void pair_rows(const uint16_t* from, int64_t width, int64_t rows, uint16_t* to) {
   for (int64_t m = 0; m < rows; m += 2) {
     for (int64_t d = 0; d < width; d += LANES) {
-      const uint16_t* even = from + m * width + d;
-      const Bits pairs = pair_of_rows<false>(even, even + width);
+      Halves even, odd;
+      __builtin_memcpy(&even, from + m * width + d, sizeof even);
+      __builtin_memcpy(&odd, from + (m + 1) * width + d, sizeof odd);
+      const Bits pairs = widened(even) | widened(odd) << 16;
       __builtin_memcpy(to + m * width + 2 * d, &pairs, sizeof pairs);
     }
+  }
+}
+
+// A row's numbers, with 0 for what is not finite where FINITE.
+template <bool FINITE>
+static inline Numbers load_numbers(const uint16_t* from) {
+  Numbers row;
+  __builtin_memcpy(&row, from, sizeof row);
+  return FINITE ? ((row & 0x7f80u) == 0x7f80u ? Numbers{} : row) : row;
+}
+
+// Of each 128 bits of two rows the lower (HALF 0) or upper four columns, in pairs: one instruction.
+template <int HALF, int... NUMBER>
+static inline Vector pairs_of(Numbers even, Numbers odd, std::integer_sequence<int, NUMBER...>) {
+  return (Vector)__builtin_shufflevector(even, odd, (NUMBER / 8 * 8 + HALF * 4 + NUMBER % 8 / 2 + NUMBER % 2 * 32)...);
+}
+
+// Half the columns of 32 rows and 32 columns: see pairs_of.
+template <bool FINITE, int HALF>
+static inline void transpose_half(const uint16_t* from, int64_t width, int64_t columns, uint16_t* to, int64_t steps) {
+  Vector block[LANES];
+  for (int i = 0; i < LANES; i++) {
+    const uint16_t* even = from + 2 * i * width;
+    block[i] = pairs_of<HALF>(load_numbers<FINITE>(even), load_numbers<FINITE>(even + width),
+                              std::make_integer_sequence<int, TILE_NUMBERS>{});
+  }
+  transpose(block);
+  for (int i = 0; i < LANES; i++) {
+    const int64_t column = i / 4 * 8 + HALF * 4 + i % 4;
+    if (column < columns) store(reinterpret_cast<float*>(to + column * steps), block[i]);
   }
 }
 
@@ -102,14 +124,9 @@ template <bool FINITE>
 static inline void transpose_numbers(const uint16_t* from, int64_t width, int64_t columns, int64_t rows, uint16_t* to,
                                      int64_t steps) {
   for (int64_t n = 0; n < rows; n += TILE_NUMBERS) {
-    for (int64_t d = 0; d < columns; d += LANES) {
-      Vector block[LANES];
-      for (int i = 0; i < LANES; i++) {
-        const uint16_t* even = from + (n + 2 * i) * width + d;
-        block[i] = (Vector)pair_of_rows<FINITE>(even, even + width);
-      }
-      transpose(block);
-      for (int i = 0; i < LANES; i++) store(reinterpret_cast<float*>(to + (d + i) * steps + n), block[i]);
+    for (int64_t d = 0; d < columns; d += TILE_NUMBERS) {
+      transpose_half<FINITE, 0>(from + n * width + d, width, columns - d, to + d * steps + n, steps);
+      transpose_half<FINITE, 1>(from + n * width + d, width, columns - d, to + d * steps + n, steps);
     }
   }
 }
