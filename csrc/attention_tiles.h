@@ -31,27 +31,42 @@ struct TileRows {
   }
 };
 
-// `count` rows of key or value. Always copied: a tile's rows at a large power of two would fall into few sets of the
-// cache and evict one another, and rows past the last must be 0.
+// `count` rows of key or value where they are, if tiles may be loaded from there: one after the other (a tile's rows at
+// a large power of two would fall into few sets of the cache and evict one another), in whole lines, of whole steps,
+// and none past the last, which would have to be 0. Else null.
+static inline const uint16_t* rows_in_place(const View& view, const KeyRows& rows, int64_t head, int64_t count,
+                                            int64_t columns) {
+  const uint16_t* from = row_of<const uint16_t>(view, rows.batch, head, rows.row);
+  const bool fits = rows.count == count && count % TILE_NUMBERS == 0 && columns % TILE_NUMBERS == 0;
+  const bool lies = view.column == 1 && view.row == columns && reinterpret_cast<uintptr_t>(from) % 64 == 0;
+  return fits && lies ? from : nullptr;
+}
+
+// `count` rows of key or value: where they are, or in `to`.
 static inline TileRows load_tile_rows(const AttentionSequences& sequences, const Sequence& sequence, const View& view,
                                       int64_t head, const KeyRange& range, int64_t columns, uint16_t* to,
                                       uint16_t* transposed) {
   const int64_t width = whole_steps(columns), filled = whole_steps(range.count);
-  for (int64_t done = 0; done < range.count;) {
-    const KeyRows rows(sequences, sequence, range.first + done, range.count - done);
-    copy_numbers(row_of<const uint16_t>(view, rows.batch, head, rows.row), view, rows.count, columns, 1.0f,
-                 to + done * width, width);
-    done += rows.count;
+  const KeyRows all(sequences, sequence, range.first, range.count);
+  const uint16_t* rows = rows_in_place(view, all, head, range.count, columns);
+  if (!rows) {
+    for (int64_t done = 0; done < range.count;) {
+      const KeyRows some(sequences, sequence, range.first + done, range.count - done);
+      copy_numbers(row_of<const uint16_t>(view, some.batch, head, some.row), view, some.count, columns, 1.0f,
+                   to + done * width, width);
+      done += some.count;
+    }
+    clear_numbers(to + range.count * width, (filled - range.count) * width);
+    rows = to;
   }
-  clear_numbers(to + range.count * width, (filled - range.count) * width);
-  if (!transposed) return {{to, width}, {to, width}, true};
-  const bool finite = all_finite(to, range.count * width);
+  if (!transposed) return {{rows, width}, {rows, width}, true};
+  const bool finite = all_finite(rows, range.count * width);
   if (finite) {
-    transpose_numbers<false>(to, width, whole_tiles(columns), filled, transposed, BLOCK);
+    transpose_numbers<false>(rows, width, whole_tiles(columns), filled, transposed, BLOCK);
   } else {
-    transpose_numbers<true>(to, width, whole_tiles(columns), filled, transposed, BLOCK);
+    transpose_numbers<true>(rows, width, whole_tiles(columns), filled, transposed, BLOCK);
   }
-  return {{to, width}, {transposed, BLOCK}, finite};
+  return {{rows, width}, {transposed, BLOCK}, finite};
 }
 
 // out[d][m] += rows[n][d] · weights[n][m] where rows[n][d] is not finite and seen[n][m] is not 0.
