@@ -186,9 +186,13 @@ struct ForwardProducts {
   template <class Format>
   void pack_queries(int64_t p, const uint16_t* from, const View& view, int64_t count, int64_t head_dim,
                     float sign) const {
+    if (count == PANEL && head_dim == width_ && view.column == 1 && sign == 1.0f) {
+      pair_columns(from, width_, view.row, PANEL, queries_ + p * width_ * PANEL);
+      return;
+    }
     copy_numbers(from, view, count, head_dim, sign, rows_, width_);
     clear_numbers(rows_ + count * width_, (PANEL - count) * width_);
-    pair_columns(rows_, width_, PANEL, queries_ + p * width_ * PANEL);
+    pair_columns(rows_, width_, width_, PANEL, queries_ + p * width_ * PANEL);
   }
 
   // Sᵀ[n][m] of panel p.
@@ -259,10 +263,10 @@ struct BackwardProducts {
                   const uint16_t* output, int64_t count, float* delta) const {
     const Panel& panel = panels_[p];
     copy_panel(query, problem.query, count, problem.shape.head_dim, width_);
-    pair_columns(rows_, width_, PANEL, panel.queries_by_columns);
+    pair_columns(rows_, width_, width_, PANEL, panel.queries_by_columns);
     pair_rows(rows_, width_, PANEL, panel.queries_by_rows);
     copy_panel(grad, problem.grad_output, count, problem.shape.value_dim, value_width_);
-    pair_columns(rows_, value_width_, PANEL, panel.grads_by_columns);
+    pair_columns(rows_, value_width_, value_width_, PANEL, panel.grads_by_columns);
     pair_rows(rows_, value_width_, PANEL, panel.grads_by_rows);
     copy_panel(output, problem.output, count, problem.shape.value_dim, value_width_);
     for (int64_t m = 0; m < PANEL; m += TILE_ROWS) {

@@ -63,12 +63,12 @@ static inline bool all_finite(const uint16_t* numbers, int64_t count) {
   return any == 0;
 }
 
-// As a right operand whose steps are columns: to[k][m] = from[m][2k], from[m][2k + 1], for m < PANEL's `rows`.
-static inline void pair_columns(const uint16_t* from, int64_t width, int64_t rows, uint16_t* to) {
+// As a right operand whose steps are columns: to[k][m] = from[m][2k], from[m][2k + 1], for m < `rows`, `stride` apart.
+static inline void pair_columns(const uint16_t* from, int64_t width, int64_t stride, int64_t rows, uint16_t* to) {
   for (int64_t m = 0; m < rows; m += LANES) {
     for (int64_t d = 0; d < width; d += TILE_NUMBERS) {
       Vector block[LANES];
-      for (int i = 0; i < LANES; i++) block[i] = load(reinterpret_cast<const float*>(from + (m + i) * width + d));
+      for (int i = 0; i < LANES; i++) block[i] = load(reinterpret_cast<const float*>(from + (m + i) * stride + d));
       transpose(block);
       for (int i = 0; i < LANES; i++) store(reinterpret_cast<float*>(to + (d / 2 + i) * 2 * rows + 2 * m), block[i]);
     }
