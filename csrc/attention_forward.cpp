@@ -155,7 +155,8 @@ void start(const AttentionForward& problem, const Head& head, const Workspace& w
   work.products.pack_queries<Format>(p, row_of<typename Format::Element>(problem.query, batch, head.query_head, row),
                                      problem.query, panel.count, shape.head_dim, Scale(problem.rule).sign);
   const int64_t columns = Sight::vectors_of(panel.count) * LANES;
-  for (int64_t i = 0; i < ForwardProducts::output_rows(shape.value_dim) * PANEL; i += PANEL) {
+  const int64_t numbers = ForwardProducts::output_rows(shape.value_dim) * PANEL;
+  for (int64_t i = 0; i < numbers; i += PANEL) {
     for (int64_t m = 0; m < columns; m += LANES) store(panel.outputs + i + m, Vector{});
   }
   for (int c = 0; c < PANEL_VECTORS; c++) {
