@@ -15,13 +15,15 @@
 // On the tile unit (level amx) the two products take 4 cycles for 16 scores at D = 64. Vectors do the rest, counted in
 // the machine code for 16 scores: the maximum 3.5 instructions; 2^x, its sum, rounding and pairing 17. Sums come and go
 // once a block, and shrink, 3 · Dv / 64 instructions more, only where a maximum rose by much. Measured on one core of
-// an Emerald Rapids at T = 1024, D = 64, without a mask: 26 cycles for 16 scores, of which vectors alone take 13 and
-// all else alone 17. In the first-level cache the products take 5.4, and what passes between them and vectors 2; the
-// rest is sums, queries and values on their way from the second-level cache. Tried, and no faster: the next panel's
-// scores and the last one's values multiplied in pieces between a softmax's instructions (0.95 to 1.05 of the speed);
-// sums or values asked for ahead (0.92 to 0.97). While another program is at the same core's tile unit, loading a tile
-// takes 29 cycles and multiplying 37, and they no longer overlap. Traffic: Q and O once; K and V once for every PANELS
-// · PANEL queries, from the nearest cache that holds them.
+// an Emerald Rapids at T = 1024, D = 64, without a mask: 27 cycles for 16 scores, of which packing takes 2, the softmax
+// 10, the products 13. In the first-level cache these take 5.4, and what passes between them and vectors 2; the rest is
+// sums (350 cycles for a panel and a block), keys and values on their way from the second-level cache. Tried, and no
+// faster: the next panel's scores and the last one's values multiplied in pieces between a softmax's instructions (0.95
+// to 1.05 of the speed); sums or values asked for ahead (0.92 to 0.97); scores in parts of 64 or 128 keys, whose values
+// are multiplied once a block (0.92, 1.0), also with the next part's scores begun before a softmax (0.95). While
+// another program is at the same core's tile unit, loading a tile takes 29 cycles and multiplying 37, and they no
+// longer overlap. Traffic: Q and O once; K and V once for every PANELS · PANEL queries, from the nearest cache that
+// holds them.
 #include "attention_forward.h"
 
 #include "attention_dropout.h"
