@@ -228,6 +228,29 @@ struct ForwardProducts {
   float* seen_;                // [BLOCK][PANEL]
 };
 
+// Probabilities and the scores' gradients as products read them, rounded: by rows, dSᵀ in pairs, too.
+struct KeepRounded {
+  static constexpr int KEYS = 2, VECTORS = 2;  // at once
+  static_assert(PANEL == VECTORS * LANES);
+  uint16_t *probabilities, *grad_scores, *grad_score_pairs;  // [keys][PANEL]; in pairs [keys / 2][PANEL]
+
+  void operator()(int64_t n, int, const Vector (&its_probabilities)[2][2], const Vector (&its_gradients)[2][2]) const {
+    for (int key = 0; key < 2; key++) {
+      store_narrowed(probabilities + (n + key) * PANEL, its_probabilities[key]);
+      store_narrowed(grad_scores + (n + key) * PANEL, its_gradients[key]);
+    }
+    for (int c = 0; c < 2; c++) {
+      store_pairs(grad_score_pairs + n * PANEL + 2 * c * LANES, its_gradients[0][c], its_gradients[1][c]);
+    }
+  }
+
+ private:
+  static void store_narrowed(uint16_t* to, const Vector (&row)[2]) {
+    const Numbers numbers = narrowed(row[0], row[1]);
+    __builtin_memcpy(to, &numbers, sizeof numbers);
+  }
+};
+
 // Queries and their gradients of PANELS panels, as right operands: by columns for the scores, by rows for the keys'
 // gradients. Probabilities and the scores' gradients of a block, rounded: by rows as left operands, dSᵀ as a right one,
 // too.
@@ -288,11 +311,13 @@ struct BackwardProducts {
                               PANEL, value_width_);
   }
 
-  // Rounds probabilities and the scores' gradients [keys][PANEL].
-  void take(const float* probabilities, const float* grad_scores, int64_t keys) const {
-    narrow_rows(probabilities, keys, probabilities_);
-    narrow_rows(grad_scores, keys, grad_scores_);
-    narrow_pairs(grad_scores, keys, grad_score_pairs_);
+  KeepRounded keep(float*, float*) const { return {probabilities_, grad_scores_, grad_score_pairs_}; }
+
+  // Zeros to the end of the last tile.
+  void fill(int64_t keys) const {
+    const int64_t past = (whole_tiles(keys) - keys) * PANEL;
+    clear_numbers(probabilities_ + keys * PANEL, past);
+    clear_numbers(grad_scores_ + keys * PANEL, past);
     fill_pairs(keys, grad_score_pairs_);
   }
 
@@ -335,16 +360,6 @@ struct BackwardProducts {
   void copy_panel(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
     copy_numbers(from, view, count, columns, 1.0f, rows_, width);
     clear_numbers(rows_ + count * width, (PANEL - count) * width);
-  }
-
-  // Floats [keys][PANEL] as bf16, and zeros to the end of the last tile.
-  static void narrow_rows(const float* from, int64_t keys, uint16_t* to) {
-    static_assert(PANEL % TILE_NUMBERS == 0);
-    for (int64_t i = 0; i < keys * PANEL; i += TILE_NUMBERS) {
-      const Numbers row = narrowed(load(from + i), load(from + i + LANES));
-      __builtin_memcpy(to + i, &row, sizeof row);
-    }
-    clear_numbers(to + keys * PANEL, (whole_tiles(keys) - keys) * PANEL);
   }
 };
 

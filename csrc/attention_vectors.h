@@ -158,6 +158,17 @@ struct ForwardProducts {
   float *queries_, *seen_;  // of PANELS panels [D][PANEL]; [BLOCK][PANEL]
 };
 
+// Probabilities and the scores' gradients stay floats, where scores and the probabilities' gradients were.
+struct KeepBothInPlace {
+  static constexpr int KEYS = 1, VECTORS = 1;  // at once
+  float *probabilities, *grad_scores;
+  void operator()(int64_t n, int c, const Vector (&its_probabilities)[1][1],
+                  const Vector (&its_gradients)[1][1]) const {
+    store(probabilities + n * PANEL + c * LANES, its_probabilities[0][0]);
+    store(grad_scores + n * PANEL + c * LANES, its_gradients[0][0]);
+  }
+};
+
 // Queries and their gradients of PANELS panels, both as columns [D][PANEL] and as rows [PANEL][D], in whole vectors.
 struct BackwardProducts {
   static constexpr int64_t STEP = 8;  // parts of a block begin at multiples of so many keys
@@ -212,7 +223,8 @@ struct BackwardProducts {
     keys_by_panel(sight, block.values, shape.value_dim, panels_[p].grads_transposed, out);
   }
 
-  void take(const float*, const float*, int64_t) const {}
+  KeepBothInPlace keep(float* probabilities, float* grad_scores) const { return {probabilities, grad_scores}; }
+  void fill(int64_t) const {}
 
   // dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m].
   void add_to_queries(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float* grad_scores,
