@@ -31,6 +31,11 @@ struct TileRows {
   }
 };
 
+// Whether rows are all of a panel, of whole steps side by side: nothing is to be filled up.
+static inline bool fills_panel(const View& view, int64_t count, int64_t columns) {
+  return count == PANEL && columns % TILE_NUMBERS == 0 && view.column == 1;
+}
+
 // `count` rows of key or value where they are, if tiles may be loaded from there: one after the other (a tile's rows at
 // a large power of two would fall into few sets of the cache and evict one another), in whole lines, of whole steps,
 // and none past the last, which would have to be 0. Else null.
@@ -186,13 +191,13 @@ struct ForwardProducts {
   template <class Format>
   void pack_queries(int64_t p, const uint16_t* from, const View& view, int64_t count, int64_t head_dim,
                     float sign) const {
-    if (count == PANEL && head_dim == width_ && view.column == 1 && sign == 1.0f) {
-      pair_columns(from, width_, view.row, PANEL, queries_ + p * width_ * PANEL);
-      return;
+    uint16_t* queries = queries_ + p * width_ * PANEL;
+    if (sign == 1.0f && fills_panel(view, count, head_dim)) {
+      return pair_columns({from, view.row}, width_, PANEL, queries);
     }
     copy_numbers(from, view, count, head_dim, sign, rows_, width_);
     clear_numbers(rows_ + count * width_, (PANEL - count) * width_);
-    pair_columns(rows_, width_, width_, PANEL, queries_ + p * width_ * PANEL);
+    pair_columns({rows_, width_}, width_, PANEL, queries);
   }
 
   // Sᵀ[n][m] of panel p.
@@ -259,7 +264,7 @@ struct BackwardProducts {
   BlockLoader<Transposed::keys> blocks;
 
   static int64_t query_columns(int64_t head_dim) { return whole_tiles(head_dim); }
-  static int64_t key_rows(int64_t keys) { return ceiling(keys, BLOCK) * BLOCK; }
+  static int64_t key_rows(int64_t keys) { return whole_tiles(keys); }
 
   void place(Carver& carver, const AttentionShape& shape) {
     blocks.place(carver, shape);
@@ -285,15 +290,15 @@ struct BackwardProducts {
   void load_panel(int64_t p, const AttentionBackward& problem, const uint16_t* query, const uint16_t* grad,
                   const uint16_t* output, int64_t count, float* delta) const {
     const Panel& panel = panels_[p];
-    copy_panel(query, problem.query, count, problem.shape.head_dim, width_);
-    pair_columns(rows_, width_, width_, PANEL, panel.queries_by_columns);
-    pair_rows(rows_, width_, PANEL, panel.queries_by_rows);
-    copy_panel(grad, problem.grad_output, count, problem.shape.value_dim, value_width_);
-    pair_columns(rows_, value_width_, value_width_, PANEL, panel.grads_by_columns);
-    pair_rows(rows_, value_width_, PANEL, panel.grads_by_rows);
-    copy_panel(output, problem.output, count, problem.shape.value_dim, value_width_);
+    const TileOperand queries = panel_rows(query, problem.query, count, problem.shape.head_dim, width_);
+    pair_columns(queries, width_, PANEL, panel.queries_by_columns);
+    pair_rows(queries, width_, PANEL, panel.queries_by_rows);
+    const TileOperand grads = panel_rows(grad, problem.grad_output, count, problem.shape.value_dim, value_width_);
+    pair_columns(grads, value_width_, PANEL, panel.grads_by_columns);
+    pair_rows(grads, value_width_, PANEL, panel.grads_by_rows);
+    const TileOperand outputs = panel_rows(output, problem.output, count, problem.shape.value_dim, value_width_);
     for (int64_t m = 0; m < PANEL; m += TILE_ROWS) {
-      tile_product<Start::zero>(TILE_ROWS, TILE_ROWS, {rows_ + m * value_width_, value_width_},
+      tile_product<Start::zero>(TILE_ROWS, TILE_ROWS, {outputs.data + m * outputs.row, outputs.row},
                                 {panel.grads_by_columns + 2 * m, 2 * PANEL}, products_, TILE_ROWS, value_width_);
       for (int64_t i = 0; i < TILE_ROWS; i++) delta[m + i] = products_[i * TILE_ROWS + i];
     }
@@ -357,9 +362,12 @@ struct BackwardProducts {
   float *products_, *seen_;                                     // [TILE_ROWS][TILE_ROWS]; [BLOCK][PANEL]
   uint16_t *probabilities_, *grad_scores_, *grad_score_pairs_;  // [BLOCK][PANEL], and in pairs [BLOCK / 2][PANEL]
 
-  void copy_panel(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
+  // A panel's rows where they are, or, where they fill no panel and no steps, copied, and zeros after them.
+  TileOperand panel_rows(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
+    if (fills_panel(view, count, columns)) return {from, view.row};
     copy_numbers(from, view, count, columns, 1.0f, rows_, width);
     clear_numbers(rows_ + count * width, (PANEL - count) * width);
+    return {rows_, width};
   }
 };
 

@@ -63,12 +63,20 @@ static inline bool all_finite(const uint16_t* numbers, int64_t count) {
   return any == 0;
 }
 
-// As a right operand whose steps are columns: to[k][m] = from[m][2k], from[m][2k + 1], for m < `rows`, `stride` apart.
-static inline void pair_columns(const uint16_t* from, int64_t width, int64_t stride, int64_t rows, uint16_t* to) {
+static inline Bits load_wide(const uint16_t* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return widened(halves);
+}
+
+// As a right operand whose steps are columns: to[k][m] = from[m][2k], from[m][2k + 1], for m < PANEL's `rows`.
+static inline void pair_columns(TileOperand from, int64_t width, int64_t rows, uint16_t* to) {
   for (int64_t m = 0; m < rows; m += LANES) {
     for (int64_t d = 0; d < width; d += TILE_NUMBERS) {
       Vector block[LANES];
-      for (int i = 0; i < LANES; i++) block[i] = load(reinterpret_cast<const float*>(from + (m + i) * stride + d));
+      for (int i = 0; i < LANES; i++) {
+        block[i] = load(reinterpret_cast<const float*>(from.data + (m + i) * from.row + d));
+      }
       transpose(block);
       for (int i = 0; i < LANES; i++) store(reinterpret_cast<float*>(to + (d / 2 + i) * 2 * rows + 2 * m), block[i]);
     }
@@ -76,13 +84,11 @@ static inline void pair_columns(const uint16_t* from, int64_t width, int64_t str
 }
 
 // As a right operand whose steps are rows: to[k][d] = from[2k][d], from[2k + 1][d], for an even number of rows.
-static inline void pair_rows(const uint16_t* from, int64_t width, int64_t rows, uint16_t* to) {
+static inline void pair_rows(TileOperand from, int64_t width, int64_t rows, uint16_t* to) {
   for (int64_t m = 0; m < rows; m += 2) {
     for (int64_t d = 0; d < width; d += LANES) {
-      Halves even, odd;
-      __builtin_memcpy(&even, from + m * width + d, sizeof even);
-      __builtin_memcpy(&odd, from + (m + 1) * width + d, sizeof odd);
-      const Bits pairs = widened(even) | widened(odd) << 16;
+      const uint16_t* even = from.data + m * from.row + d;
+      const Bits pairs = load_wide(even) | load_wide(even + from.row) << 16;
       __builtin_memcpy(to + m * width + 2 * d, &pairs, sizeof pairs);
     }
   }
