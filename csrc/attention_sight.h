@@ -9,18 +9,18 @@ namespace trilby::TRILBY_LEVEL {
 // A mask's bytes as what is added to a score.
 struct Boolean {
   using Element = uint8_t;
-  static Vector load_vector(const uint8_t* from) {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    Bytes bytes;
-    __builtin_memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(bytes, Bits) != 0u ? Vector{} : broadcast(-INFINITE);
-  }
+  static Vector load_vector(const uint8_t* from) { return widened(from) != 0u ? Vector{} : broadcast(-INFINITE); }
 };
 
 // What a mask says of a panel and a block: numbers to add, [keys][PANEL].
 struct MaskBlock {
   const float* added = nullptr;  // null: there is no mask
   bool hides_some = false, hides_all = false;
+
+  // Of the keys from number `skipped` of the block on.
+  MaskBlock part(int64_t skipped) const {
+    return added ? MaskBlock{added + skipped * PANEL, hides_some, hides_all} : MaskBlock{};
+  }
 };
 
 template <class Format>

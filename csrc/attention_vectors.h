@@ -38,6 +38,7 @@ struct KeyBlock : KeyRange {
 // What a task holds while it multiplies: of vectors, nothing.
 struct UnitInUse {
   UnitInUse() {}
+  static void keep_awake() {}
 };
 
 // The blocks of keys and values of one task.
@@ -171,7 +172,9 @@ struct KeepBothInPlace {
 
 // Queries and their gradients of PANELS panels, both as columns [D][PANEL] and as rows [PANEL][D], in whole vectors.
 struct BackwardProducts {
-  static constexpr int64_t STEP = 8;  // parts of a block begin at multiples of so many keys
+  static constexpr int64_t STEP = 8;      // what a panel sees of a block begins at multiples of so many keys
+  static constexpr int64_t PART = BLOCK;  // keys whose scores are made at once
+  static constexpr int64_t TOGETHER = 1;  // panels whose products with a block are summed at once
   BlockLoader blocks;
 
   static int64_t query_columns(int64_t head_dim) { return head_dim; }
@@ -223,27 +226,30 @@ struct BackwardProducts {
     keys_by_panel(sight, block.values, shape.value_dim, panels_[p].grads_transposed, out);
   }
 
-  KeepBothInPlace keep(float* probabilities, float* grad_scores) const { return {probabilities, grad_scores}; }
-  void fill(int64_t) const {}
+  KeepBothInPlace keep(int64_t, int64_t, float* probabilities, float* grad_scores) const {
+    return {probabilities, grad_scores};
+  }
 
   // dQᵀ[d][m] += sum over n of K[n][d] · dSᵀ[n][m].
-  void add_to_queries(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float* grad_scores,
-                      float* grad_queries) const {
+  void add_to_queries(const KeyBlock& block, int64_t, const AttentionShape& shape, const Sight& sight,
+                      const float* grad_scores, float* grad_queries) const {
     const bool hidden = zero_hides(sight, block.keys, block.count, shape.head_dim);
     panel_by_keys<Start::resume>(sight, block.keys, shape.head_dim, grad_scores, grad_queries, nullptr,
                                  hidden ? nullptr : seen_pairs(sight, block.count, seen_));
   }
 
-  // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d].
-  void add_to_values(int64_t p, const KeyBlock&, const AttentionShape& shape, const Sight& sight,
-                     const float* probabilities, float* grad_values) const {
-    accumulate(grad_values, sight, probabilities, panels_[p].grads, whole_vectors(shape.value_dim));
-  }
-
-  // dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
-  void add_to_keys(int64_t p, const KeyBlock&, const AttentionShape& shape, const Sight& sight,
-                   const float* grad_scores, float* grad_keys) const {
-    accumulate(grad_keys, sight, grad_scores, panels_[p].queries, whole_vectors(shape.head_dim));
+  // Of the one panel's keys, whose gradients are given:
+  // dV[n][d] += sum over m of Pᵀ[n][m] · dO[m][d], dK[n][d] += sum over m of dSᵀ[n][m] · Q[m][d].
+  void add_to_keys(const Sequence& sequence, const KeyRange& block, const SeenKeys (&seen)[TOGETHER], int64_t,
+                   const AttentionShape& shape, const float* probabilities, const float* grad_scores, float* grad_keys,
+                   float* grad_values) const {
+    if (seen[0].count == 0) return;
+    const Panel& panel = panels_[seen[0].panel];
+    const Sight sight(sequence, seen[0].first_query, seen[0]);
+    const int64_t skipped = seen[0].first - block.first;
+    const int64_t width = whole_vectors(shape.head_dim), value_width = whole_vectors(shape.value_dim);
+    accumulate(grad_values + skipped * value_width, sight, probabilities, panel.grads, value_width);
+    accumulate(grad_keys + skipped * width, sight, grad_scores, panel.queries, width);
   }
 
  private:

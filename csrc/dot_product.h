@@ -17,6 +17,7 @@ namespace trilby::TRILBY_LEVEL {
 // Vectors keep nothing between products.
 struct TilesInUse {
   TilesInUse() {}
+  static void keep_awake() {}
 };
 
 // R rows, C vectors of columns.

@@ -15,10 +15,6 @@
 #include "pair.h"
 #include "queue.h"
 
-#if defined(__SSE4_1__)
-#include <smmintrin.h>
-#endif
-
 namespace trilby::TRILBY_LEVEL {
 
 namespace {
@@ -50,7 +46,7 @@ struct Int8 {
   using Element = int8_t;
 };
 
-// LANES of them as floats. Asked for by name: gcc 12 widens a vector of bytes element by element.
+// LANES of them as floats. Asked for by name, as unsigned bytes are in vector.h.
 static inline Vector widened(const int8_t* from) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));

@@ -22,7 +22,7 @@ constexpr int PANEL = PANEL_VECTORS * LANES;
 // Keys in a block: its scores (64 x PANEL floats, 16 KiB on AVX-512) stay in the first-level cache. 48 and 96 measured
 // 0.98. On the tile unit products are so fast that what counts is how often a panel's sums come and go: measured there
 // on one core of an Emerald Rapids, D = 64, of 256 keys the forward is 1.11 times as fast as of 128 and 1.2 times as of
-// 64, the backward the same and 1.05 times; of 96, whose keys, values and scores fit the first-level cache, the forward
+// 64, the backward 1.05 times as of 128; of 96, whose keys, values and scores fit the first-level cache, the forward
 // is 1.05 times as fast at T = 1024 and 0.94 at 256. By vectors of pairs 64, 128 and 256 measured within 3 % of one
 // another.
 //
@@ -87,6 +87,11 @@ struct KeepInPlace {
 // The keys first … first + count - 1 of a sequence.
 struct KeyRange {
   int64_t first, count;
+};
+
+// The keys of a block that panel number `panel` sees any of: none, where there are none.
+struct SeenKeys : KeyRange {
+  int64_t panel, first_query;
 };
 
 // Rows of key (and of value) that hold the keys from `first` on, one after the other, `most` of them at most.

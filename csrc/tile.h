@@ -33,6 +33,9 @@ static inline void tile_multiply() {
 
 // Whoever holds one has all eight tiles, whole. While nothing is configured the kernel saves no 8 KiB of tiles when it
 // switches threads: one to each task.
+//
+// Without a multiplication the unit falls asleep: measured on an Emerald Rapids, a product after 800 cycles of other
+// work took 400 cycles, after 1200 cycles 1100. Loads, stores and zeros do not keep it awake.
 class TilesInUse {
  public:
   TilesInUse() {
@@ -41,6 +44,8 @@ class TilesInUse {
     asm volatile("ldtilecfg %0" ::"m"(WHOLE) : "memory");
   }
   ~TilesInUse() { asm volatile("tilerelease" ::: "memory"); }
+  // For what takes long between products. Nothing lies in the tiles then.
+  static void keep_awake() { tile_multiply<0, 1, 2>(); }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
 

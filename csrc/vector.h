@@ -1,5 +1,5 @@
 // One register of floats, as wide as the level has, written with the compiler's vector extensions: the same source is
-// SSE, AVX2, AVX-512 and NEON. Only fp16 conversion and AVX-512's masks are asked for by name.
+// SSE, AVX2, AVX-512 and NEON. Only conversions and AVX-512's masks are asked for by name.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__SSE4_1__)
+#include <smmintrin.h>
 #endif
 
 #include "kernels.h"
@@ -164,6 +166,22 @@ static inline Bits widened(Halves halves) {
   return (Bits)_mm256_cvtepu16_epi32((__m128i)halves);
 #else
   return __builtin_convertvector(halves, Bits);
+#endif
+}
+
+// LANES bytes from memory. Asked for by name: gcc 12 widens a vector of bytes element by element.
+static inline Bits widened(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__SSE4_1__)
+  return (Bits)_mm_cvtepu8_epi32(_mm_loadu_si32(from));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, Bits);
 #endif
 }
 
