@@ -37,7 +37,7 @@ namespace {
 struct Workspace {
   ForwardProducts products;
   float *outputs, *maxima, *sums;  // of PANELS panels: [Dv][PANEL], [PANEL], [PANEL]
-  float *scores, *mask, *factors;  // [BLOCK][PANEL], [BLOCK][PANEL], [PANEL]
+  float *scores, *mask, *factors;  // [PART][PANEL], [BLOCK][PANEL], [PANEL]
 
   explicit Workspace(const AttentionShape& shape) {
     carve([&](Carver& carver) { place(carver, shape); });
@@ -49,7 +49,7 @@ struct Workspace {
     outputs = carver.take(PANELS * ForwardProducts::output_rows(shape.value_dim) * PANEL);
     maxima = carver.take(PANELS * PANEL);
     sums = carver.take(PANELS * PANEL);
-    scores = carver.take(BLOCK * PANEL);
+    scores = carver.take(ForwardProducts::PART * PANEL);
     mask = carver.take(BLOCK * PANEL);
     factors = carver.take(PANEL);
   }
@@ -68,45 +68,68 @@ struct Panel {
   DropoutRows rows;
 };
 
+// The largest of the scores of some keys and one vector of queries, and of `before`. Four keys take turns: one alone
+// would wait for its own maximum.
+Vector largest(const float* column, int64_t keys, Vector before) {
+  constexpr int TURNS = 4;
+  Vector maximum[TURNS];
+  for (Vector& its : maximum) its = before;
+  int64_t n = 0;
+  for (; n + TURNS <= keys; n += TURNS) {
+    for (int turn = 0; turn < TURNS; turn++) maximum[turn] = larger(load(column + (n + turn) * PANEL), maximum[turn]);
+  }
+  for (; n < keys; n++) maximum[0] = larger(load(column + n * PANEL), maximum[0]);
+  return larger(larger(maximum[0], maximum[1]), larger(maximum[2], maximum[3]));
+}
+
+// Probabilities relative to `maximum` of some keys and vector c of the queries, to keep(n, c, those of the keys from n
+// on); their sums.
+template <class Keep>
+Vector exponentials(const float* column, int64_t keys, int c, Vector maximum, float scale, const Keep& keep) {
+  const auto probability = [&](int64_t key) __attribute__((always_inline)) {
+    return exp2_of_nonpositive((load(column + key * PANEL) - maximum) * scale);
+  };
+  Vector sum = {};
+  int64_t n = 0;
+  for (; n + Keep::KEYS <= keys; n += Keep::KEYS) {
+    Vector results[Keep::KEYS];
+    for (int key = 0; key < Keep::KEYS; key++) sum += results[key] = probability(n + key);
+    keep(n, c, results);
+  }
+  if constexpr (Keep::KEYS == 2) {
+    if (n < keys) {
+      const Vector last = probability(n);
+      sum += last;
+      keep(n, c, {last, Vector{}});
+    }
+  }
+  return sum;
+}
+
 // Turns scores into probabilities relative to the running maximum; leaves in `factors` what the old sums shrink by.
-// Four keys take turns: one alone would wait for its own maximum. Probabilities go to keep(n, c, those of the keys from
-// n on).
 template <class Keep>
 void online_softmax(const float* scores, const Sight& sight, float scale, float* maxima, float* sums, float* factors,
                     const Keep& keep) {
-  constexpr int TURNS = 4;
+  constexpr float SLACK = ForwardProducts::SLACK;
   for (int c = 0; c < sight.vectors; c++) {
     const float* column = scores + c * LANES;
     const int64_t keys = sight.ends[c];
     const Vector before = load(maxima + c * LANES);
-    Vector maximum[TURNS];
-    for (Vector& its : maximum) its = before;
-    int64_t n = 0;
-    for (; n + TURNS <= keys; n += TURNS) {
-      for (int turn = 0; turn < TURNS; turn++) maximum[turn] = larger(load(column + (n + turn) * PANEL), maximum[turn]);
-    }
-    for (; n < keys; n++) maximum[0] = larger(load(column + n * PANEL), maximum[0]);
-    Vector after = larger(larger(maximum[0], maximum[1]), larger(maximum[2], maximum[3]));
-    if constexpr (ForwardProducts::SLACK > 0.0f) {
-      after = (after - before) * scale <= ForwardProducts::SLACK ? before : after;
-    }
-    const Vector shift = after == -INFINITE ? Vector{} : after;  // nothing seen yet: -inf - 0, not -inf + inf
-    const auto probability = [&](int64_t key) __attribute__((always_inline)) {
-      return exp2_of_nonpositive((load(column + key * PANEL) - shift) * scale);
-    };
-    Vector sum = {};
-    for (n = 0; n + Keep::KEYS <= keys; n += Keep::KEYS) {
-      Vector results[Keep::KEYS];
-      for (int key = 0; key < Keep::KEYS; key++) sum += results[key] = probability(n + key);
-      keep(n, c, results);
-    }
-    if constexpr (Keep::KEYS == 2) {
-      if (n < keys) {
-        const Vector last = probability(n);
-        sum += last;
-        keep(n, c, {last, Vector{}});
+    UnitInUse::keep_awake();
+    if constexpr (SLACK > 0.0f && !Keep::IN_PLACE) {
+      if (ForwardProducts::all_seen(before)) {
+        const Vector sum = exponentials(column, keys, c, before, scale, keep);
+        if (ForwardProducts::all_within_slack(sum)) {
+          store(factors + c * LANES, broadcast(1.0f));
+          store(sums + c * LANES, load(sums + c * LANES) + sum);
+          continue;
+        }
       }
     }
+    Vector after = largest(column, keys, before);
+    if constexpr (SLACK > 0.0f) after = (after - before) * scale <= SLACK ? before : after;
+    const Vector shift = after == -INFINITE ? Vector{} : after;  // nothing seen yet: -inf - 0, not -inf + inf
+    const Vector sum = exponentials(column, keys, c, shift, scale, keep);
     const Vector factor = exp2_of_nonpositive((before - shift) * scale);
     store(factors + c * LANES, factor);
     store(sums + c * LANES, load(sums + c * LANES) * factor + sum);
@@ -114,33 +137,61 @@ void online_softmax(const float* scores, const Sight& sight, float scale, float*
   }
 }
 
+// Scores of a panel and the keys of a part of a block, from number `skipped` of the block on, to probabilities.
+void score_part(const AttentionForward& problem, const Head& head, const Panel& panel, const KeyBlock& part,
+                const Sight& sight, int64_t skipped, const Workspace& work) {
+  const AttentionRule& rule = problem.rule;
+  const Scale scale(rule);
+  work.products.scores(panel.number, part, problem.shape, sight, work.scores);
+  if (adjusts(rule)) {
+    adjust(rule, scale.size, head.sequence, head.query_head, sight, part.count, work.scores, nullptr);
+    UnitInUse::keep_awake();
+  }
+  if (sight.hides(part)) hide(work.scores, sight, -INFINITE);
+  const float factor = scale.within * LOG2_E;
+  if (rule.dropout.threshold) {
+    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors, KeepInPlace{work.scores});
+    UnitInUse::keep_awake();
+    drop(rule.dropout, panel.rows, part.first, sight, work.scores);
+    work.products.take_probabilities(skipped, work.scores, part.count);
+  } else {
+    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors,
+                   work.products.keep(skipped, work.scores));
+  }
+}
+
+// A block's part in a panel's softmax. Its values are multiplied once, or where a maximum rises: before outputs shrink.
 void attend(const AttentionForward& problem, const Head& head, const Panel& panel, const KeyBlock& whole,
             const Workspace& work) {
+  constexpr int64_t PART = ForwardProducts::PART;
   const AttentionShape& shape = problem.shape;
-  const AttentionRule& rule = problem.rule;
   const KeyRange range =
       seen_part(whole, head.sequence, panel.first_query, panel.first_query + PANEL, ForwardProducts::STEP);
   if (range.count <= 0) return;
   const KeyBlock block = whole.part(range, shape);
-  Sight sight(head.sequence, panel.first_query, block);
-  sight.mask = load_mask(rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first, block.count,
-                         work.mask);
-  if (sight.mask.hides_all) return;
-  const Scale scale(rule);
-  work.products.scores(panel.number, block, shape, sight, work.scores);
-  if (adjusts(rule)) {
-    adjust(rule, scale.size, head.sequence, head.query_head, sight, block.count, work.scores, nullptr);
+  const MaskBlock mask = load_mask(problem.rule, head.sequence, head.query_head, panel.first_query, panel.count,
+                                   block.first, block.count, work.mask);
+  if (mask.hides_all) return;
+  const auto sight_of = [&](const KeyRange& part) {
+    Sight sight(head.sequence, panel.first_query, part);
+    sight.mask = mask.part(part.first - block.first);
+    return sight;
+  };
+  int64_t added = 0;  // keys whose values are
+  const auto add_until = [&](int64_t end) {
+    if (end == added) return;
+    const KeyBlock part = block.part({block.first + added, end - added}, shape);
+    work.products.add_values(added, part, shape, sight_of(part), work.scores, work.factors, panel.outputs);
+    added = end;
+  };
+  for (int64_t first = 0; first < block.count; first += PART) {
+    const KeyBlock part = block.part({block.first + first, smaller(PART, block.count - first)}, shape);
+    score_part(problem, head, panel, part, sight_of(part), first, work);
+    if (!ForwardProducts::shrink_first(work.factors)) continue;
+    add_until(first);
+    ForwardProducts::shrink(work.factors, shape.value_dim, panel.outputs);
   }
-  if (sight.hides(block)) hide(work.scores, sight, -INFINITE);
-  const float factor = scale.within * LOG2_E;
-  if (rule.dropout.threshold) {
-    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors, KeepInPlace{work.scores});
-    drop(rule.dropout, panel.rows, block.first, sight, work.scores);
-    work.products.take_probabilities(work.scores, block.count);
-  } else {
-    online_softmax(work.scores, sight, factor, panel.maxima, panel.sums, work.factors, work.products.keep(work.scores));
-  }
-  work.products.add_values(block, shape, sight, work.scores, work.factors, panel.outputs);
+  add_until(block.count);
 }
 
 template <class Format>

@@ -164,6 +164,7 @@ class BlockLoader {
 // Probabilities go where the products read them, rounded.
 struct KeepInPairs {
   static constexpr int KEYS = 2;  // at once
+  static constexpr bool IN_PLACE = false;
   uint16_t* pairs;
   void operator()(int64_t n, int c, const Vector (&results)[KEYS]) const {
     store_pairs(pairs + n * PANEL + 2 * c * LANES, results[0], results[1]);
@@ -171,7 +172,8 @@ struct KeepInPairs {
 };
 
 struct ForwardProducts {
-  static constexpr int64_t STEP = TILE_NUMBERS;  // parts of a block begin at multiples of so many keys
+  static constexpr int64_t STEP = TILE_NUMBERS;  // what a panel sees of a block begins at multiples of so many keys
+  static constexpr int64_t PART = 64;            // keys whose scores are made at once
   // Probabilities may be so much larger than 1, as a power of 2, before outputs shrink for a new maximum: they are as
   // exact as smaller ones, and outputs are left alone (which measured 1.03 times as fast).
   static constexpr float SLACK = 8.0f;
@@ -206,23 +208,45 @@ struct ForwardProducts {
                               PANEL, shape.head_dim);
   }
 
-  KeepInPairs keep(float*) const { return {probabilities_}; }
-  void take_probabilities(const float* from, int64_t count) const { narrow_pairs(from, count, probabilities_); }
+  KeepInPairs keep(int64_t skipped, float*) const { return {probabilities_ + skipped * PANEL}; }
+  void take_probabilities(int64_t skipped, const float* from, int64_t count) const {
+    narrow_pairs(from, count, probabilities_ + skipped * PANEL);
+  }
 
-  // Oᵀ[d][m] = Oᵀ[d][m] · factors[m] + sum over n of V[n][d] · Pᵀ[n][m].
-  void add_values(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float*,
-                  const float* factors, float* outputs) const {
+  // Whether every query has seen a key.
+  static bool all_seen(Vector maxima) {
+    return _mm512_cmp_ps_mask((__m512)maxima, (__m512)broadcast(-INFINITE), _CMP_EQ_OQ) == 0;
+  }
+  // Whether no probability is so large that its maximum must rise, to go by sums of them.
+  static bool all_within_slack(Vector sums) {
+    return _mm512_cmp_ps_mask((__m512)sums, (__m512)broadcast(256.0f), _CMP_NLE_UQ) == 0;
+  }
+
+  // Whether a maximum has risen so far that outputs shrink, before these probabilities' values are added.
+  static bool shrink_first(const float* factors) {
+    bool all = true;
+    for (int64_t m = 0; m < PANEL; m += LANES) all &= all_ones(load(factors + m));
+    return !all;
+  }
+
+  // Oᵀ[d][m] = Oᵀ[d][m] · factors[m].
+  static void shrink(const float* factors, int64_t value_dim, float* outputs) {
     for (int64_t m = 0; m < PANEL; m += LANES) {
       const Vector factor = load(factors + m);
-      if (all_ones(factor)) continue;  // no maximum changed
-      for (int64_t i = m; i < shape.value_dim * PANEL; i += PANEL) store(outputs + i, load(outputs + i) * factor);
+      for (int64_t i = m; i < value_dim * PANEL; i += PANEL) store(outputs + i, load(outputs + i) * factor);
     }
-    fill_pairs(block.count, probabilities_);
-    tile_product<Start::resume>(shape.value_dim, PANEL, block.values.transposed, {probabilities_, 2 * PANEL}, outputs,
+  }
+
+  // Oᵀ[d][m] += sum over n of V[n][d] · Pᵀ[n][m], of keys from number `skipped` of the block on.
+  void add_values(int64_t skipped, const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float*,
+                  const float*, float* outputs) const {
+    uint16_t* const probabilities = probabilities_ + skipped * PANEL;
+    fill_pairs(block.count, probabilities);
+    tile_product<Start::resume>(shape.value_dim, PANEL, block.values.transposed, {probabilities, 2 * PANEL}, outputs,
                                 PANEL, block.count);
     if (!block.values.finite) {
-      add_spoiled(block.values.rows, block.count, shape.value_dim, probabilities_,
-                  seen_pairs(sight, block.count, seen_), outputs);
+      add_spoiled(block.values.rows, block.count, shape.value_dim, probabilities, seen_pairs(sight, block.count, seen_),
+                  outputs);
     }
   }
 

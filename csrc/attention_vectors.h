@@ -121,8 +121,9 @@ static inline void panel_by_keys(const Sight& sight, const float* rows, int64_t 
 }
 
 struct ForwardProducts {
-  static constexpr int64_t STEP = 8;    // parts of a block begin at multiples of so many keys
-  static constexpr float SLACK = 0.0f;  // outputs shrink in the product, for nothing
+  static constexpr int64_t STEP = 8;      // what a panel sees of a block begins at multiples of so many keys
+  static constexpr int64_t PART = BLOCK;  // keys whose scores are made at once
+  static constexpr float SLACK = 0.0f;    // outputs shrink in the product, for nothing
   BlockLoader blocks;
 
   static int64_t output_rows(int64_t value_dim) { return value_dim; }
@@ -144,12 +145,17 @@ struct ForwardProducts {
     keys_by_panel(sight, block.keys, shape.head_dim, queries_ + p * shape.head_dim * PANEL, out);
   }
 
-  KeepInPlace keep(float* scores) const { return {scores}; }
-  void take_probabilities(const float*, int64_t) const {}
+  KeepInPlace keep(int64_t, float* scores) const { return {scores}; }
+  void take_probabilities(int64_t, const float*, int64_t) const {}
+
+  static bool all_seen(Vector) { return false; }
+  static bool all_within_slack(Vector) { return false; }
+  static bool shrink_first(const float*) { return false; }
+  static void shrink(const float*, int64_t, float*) {}
 
   // Oᵀ[d][m] = Oᵀ[d][m] · factors[m] + sum over n of V[n][d] · Pᵀ[n][m].
-  void add_values(const KeyBlock& block, const AttentionShape& shape, const Sight& sight, const float* probabilities,
-                  const float* factors, float* outputs) const {
+  void add_values(int64_t, const KeyBlock& block, const AttentionShape& shape, const Sight& sight,
+                  const float* probabilities, const float* factors, float* outputs) const {
     const bool hidden = zero_hides(sight, block.values, block.count, shape.value_dim);
     panel_by_keys<Start::rescale>(sight, block.values, shape.value_dim, probabilities, outputs, factors,
                                   hidden ? nullptr : seen_pairs(sight, block.count, seen_));

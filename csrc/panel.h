@@ -78,6 +78,7 @@ static inline void carve(const Place& place) {
 // Where a pass over scores [BLOCK][PANEL] leaves what becomes of them: in their place.
 struct KeepInPlace {
   static constexpr int KEYS = 1;  // at once
+  static constexpr bool IN_PLACE = true;
   float* scores;
   void operator()(int64_t n, int c, const Vector (&results)[KEYS]) const {
     store(scores + n * PANEL + c * LANES, results[0]);
