@@ -3,9 +3,11 @@
 #pragma once
 
 #if defined(__AVX512BF16__)
-#include "attention_tiles.h"
+#include "attention_tiles_backward.h"
+#include "attention_tiles_forward.h"
 #else
-#include "attention_vectors.h"
+#include "attention_vectors_backward.h"
+#include "attention_vectors_forward.h"
 #endif
 
 #include "level.h"

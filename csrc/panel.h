@@ -21,10 +21,8 @@ constexpr int PANEL_VECTORS = LANES == 16 ? 4 : 2;
 constexpr int PANEL = PANEL_VECTORS * LANES;
 // Keys in a block: its scores (64 x PANEL floats, 16 KiB on AVX-512) stay in the first-level cache. 48 and 96 measured
 // 0.98. On the tile unit products are so fast that what counts is how often a panel's sums come and go: measured there
-// on one core of an Emerald Rapids, D = 64, of 256 keys the forward is 1.11 times as fast as of 128 and 1.2 times as of
-// 64, the backward 1.05 times as of 128; of 96, whose keys, values and scores fit the first-level cache, the forward
-// is 1.05 times as fast at T = 1024 and 0.94 at 256. By vectors of pairs 64, 128 and 256 measured within 3 % of one
-// another.
+// on one core of an Emerald Rapids, D = 64, of 256 keys the forward is 1.04 times as fast as of 128, the backward 1.07
+// times, and both as fast as of 512. By vectors of pairs 64, 128 and 256 measured within 3 % of one another.
 //
 // Panels that share a block of packed keys and values, so that packing costs each a fraction: those of 256 queries. On
 // AVX2, whose panels are narrow, 64 queries packed for 11 % of the time; 256 measured 1.05 to 1.15 times as fast from
