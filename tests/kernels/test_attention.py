@@ -212,6 +212,17 @@ def test_scores_of_a_hundred_thousand_neither_overflow_nor_vanish(dtype: torch.d
     assert_exact(case, (query, key, value), torch.randn(1, 2, 40, 16).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("largest", [3.0, 30.0, 300.0])
+def test_maxima_may_rise_from_key_to_key(largest: float, dtype: torch.dtype, level: str) -> None:
+    """By less and by more than what probabilities may exceed 1 by, within a block of keys and from block to block."""
+    case = Case(1, 2, 2, 40, 600, 16, 16, is_causal=False, scale=1.0)
+    query, key, value = case.inputs(dtype)
+    with torch.no_grad():
+        key.mul_(torch.linspace(0.0, largest, 600)[:, None].to(dtype))
+    assert_exact(case, (query, key, value), torch.randn(1, 2, 40, 16).to(dtype))
+
+
 def test_a_query_without_keys_gives_zero_and_minus_infinity(level: str) -> None:
     query, value = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 0, 8)
     output, logsumexp = torch.ops.trilby.attention(query, value, value, *reference.AttentionOptions.plain(False, 1.0))
