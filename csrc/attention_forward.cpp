@@ -130,7 +130,8 @@ void online_softmax(const float* scores, const Sight& sight, float scale, float*
     if constexpr (SLACK > 0.0f) after = (after - before) * scale <= SLACK ? before : after;
     const Vector shift = after == -INFINITE ? Vector{} : after;  // nothing seen yet: -inf - 0, not -inf + inf
     const Vector sum = exponentials(column, keys, c, shift, scale, keep);
-    const Vector factor = exp2_of_nonpositive((before - shift) * scale);
+    // 1 for what has seen nothing yet, too, so that it makes no outputs shrink.
+    const Vector factor = before == after ? broadcast(1.0f) : exp2_of_nonpositive((before - shift) * scale);
     store(factors + c * LANES, factor);
     store(sums + c * LANES, load(sums + c * LANES) * factor + sum);
     store(maxima + c * LANES, after);
