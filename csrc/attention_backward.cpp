@@ -268,8 +268,8 @@ void backward_tile(const AttentionBackward& problem, const Head& head, int64_t f
   for (int64_t p = 0; p < panels; p++) {
     const Panel& panel = work.panel[p];
     using Element = typename Format::Element;
-    unpack_transposed<Format>(
-        panel.grad_queries, PANEL, scales, panel.count, shape.head_dim,
+    unpack_panel<Format>(
+        panel.grad_queries, scales, panel.count, shape.head_dim,
         row_of<Element>(problem.grad_query, sequence.batch, head.query_head, sequence.first_query + panel.first_query),
         problem.grad_query.row);
   }

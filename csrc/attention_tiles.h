@@ -100,6 +100,14 @@ static inline void fill_pairs(int64_t count, uint16_t* pairs) {
   clear_numbers(pairs + filled * PANEL, (whole_steps(count) - filled) * PANEL);
 }
 
+// A panel's results [columns][PANEL], times `factors`, as rows.
+template <class Format>
+static inline void unpack_panel(const float* from, const float* factors, int64_t rows, int64_t columns, uint16_t* to,
+                                int64_t stride) {
+  if (columns % TILE_NUMBERS == 0) return unpack_pairs(from, PANEL, factors, rows, columns, to, stride);
+  unpack_transposed<Format>(from, PANEL, factors, rows, columns, to, stride);
+}
+
 struct KeyBlock : KeyRange {
   TileRows keys, values;
 

@@ -25,6 +25,13 @@ static inline const float* load_rows(const AttentionSequences& sequences, const 
   return to;
 }
 
+// A panel's results [columns][PANEL], times `factors`, as rows.
+template <class Format>
+static inline void unpack_panel(const float* from, const float* factors, int64_t rows, int64_t columns,
+                                typename Format::Element* to, int64_t stride) {
+  unpack_transposed<Format>(from, PANEL, factors, rows, columns, to, stride);
+}
+
 // Keys and values as packed rows [count][D], [count][Dv].
 struct KeyBlock : KeyRange {
   const float *keys, *values;
