@@ -209,19 +209,18 @@ SeenKeys back_propagate(const AttentionBackward& problem, const Head& head, cons
       seen_part(whole, head.sequence, panel.first_query, panel.first_query + PANEL, BackwardProducts::STEP);
   if (range.count <= 0) return none;
   const KeyBlock block = whole.part(range, shape);
-  Sight sight(head.sequence, panel.first_query, block);
-  sight.mask = load_mask(problem.rule, head.sequence, head.query_head, panel.first_query, panel.count, block.first,
-                         block.count, work.mask);
-  if (sight.mask.hides_all) return none;
+  const MaskBlock mask = load_mask(problem.rule, head.sequence, head.query_head, panel.first_query, panel.count,
+                                   block.first, block.count, work.mask);
+  if (mask.hides_all) return none;
   const int64_t skipped = block.first - whole.first;
   for (int64_t n = 0; n < block.count; n += PART) {
     const KeyBlock part = block.part({block.first + n, smaller(PART, block.count - n)}, shape);
-    Sight of_part(head.sequence, panel.first_query, part);
-    of_part.mask = sight.mask.part(n);
-    score_gradients(problem, head, panel, part, of_part, work,
+    const Sight sight(head.sequence, panel.first_query, part, mask.part(n));
+    score_gradients(problem, head, panel, part, sight, work,
                     work.products.keep(slot, skipped + n, work.probabilities, work.grad_scores));
   }
   if (wanted != Wanted::key_and_value) {
+    const Sight sight(head.sequence, panel.first_query, block, mask);
     work.products.add_to_queries(block, skipped, shape, sight, work.grad_scores, panel.grad_queries);
   }
   return {range, panel.number, panel.first_query};

@@ -111,16 +111,16 @@ Vector exponentials(const float* column, int64_t keys, int c, Vector maximum, fl
 template <class Keep>
 void online_softmax(const float* scores, const Sight& sight, float scale, float* maxima, float* sums, float* factors,
                     const Keep& keep) {
-  constexpr float SLACK = ForwardProducts::SLACK;
+  constexpr float SLACK = ForwardProducts::SLACK, LARGEST = 1 << ForwardProducts::SLACK;
   for (int c = 0; c < sight.vectors; c++) {
     const float* column = scores + c * LANES;
     const int64_t keys = sight.ends[c];
     const Vector before = load(maxima + c * LANES);
     UnitInUse::keep_awake();
     if constexpr (SLACK > 0.0f && !Keep::IN_PLACE) {
-      if (ForwardProducts::all_seen(before)) {
+      if (!any(before == -INFINITE)) {
         const Vector sum = exponentials(column, keys, c, before, scale, keep);
-        if (ForwardProducts::all_within_slack(sum)) {
+        if (!any(~(sum <= LARGEST))) {  // then no score is so far above its maximum that this must rise; nor a NaN
           store(factors + c * LANES, broadcast(1.0f));
           store(sums + c * LANES, load(sums + c * LANES) + sum);
           continue;
@@ -175,9 +175,7 @@ void attend(const AttentionForward& problem, const Head& head, Panel& panel, con
                                    block.first, block.count, work.mask);
   if (mask.hides_all) return;
   const auto sight_of = [&](const KeyRange& part) {
-    Sight sight(head.sequence, panel.first_query, part);
-    sight.mask = mask.part(part.first - block.first);
-    return sight;
+    return Sight(head.sequence, panel.first_query, part, mask.part(part.first - block.first));
   };
   int64_t added = 0;  // keys whose values are
   const auto add_until = [&](int64_t end) {

@@ -9,7 +9,9 @@ namespace trilby::TRILBY_LEVEL {
 // A mask's bytes as what is added to a score.
 struct Boolean {
   using Element = uint8_t;
-  static Vector load_vector(const uint8_t* from) { return widened(from) != 0u ? Vector{} : broadcast(-INFINITE); }
+  static Vector load_vector(const uint8_t* from) {
+    return widened(reinterpret_cast<const int8_t*>(from)) != 0 ? Vector{} : broadcast(-INFINITE);
+  }
 };
 
 // What a mask says of a panel and a block: numbers to add, [keys][PANEL].
@@ -56,12 +58,7 @@ static inline MaskBlock load_mask(const AttentionRule& rule, const Sequence& seq
     smallest = numbers < smallest ? numbers : smallest;
     differing |= (Bits)numbers ^ (Bits)broadcast(-INFINITE);
   }
-  MaskBlock block = {to, false, true};
-  for (int i = 0; i < LANES; i++) {
-    block.hides_some |= smallest[i] == -INFINITE;
-    block.hides_all &= differing[i] == 0;
-  }
-  return block;
+  return {to, any(smallest == -INFINITE), !any((Integers)differing)};
 }
 
 // Query m of the panel sees key n of the block where m + shift - before <= n <= m + shift + after, with shift = number
@@ -84,13 +81,14 @@ struct Sight {
   int64_t ends[PANEL_VECTORS];  // ascending
   MaskBlock mask;
 
-  Sight(const Sequence& sequence, int64_t first_query, const KeyRange& block)
+  Sight(const Sequence& sequence, int64_t first_query, const KeyRange& block, const MaskBlock& its_mask)
       : shift(first_query - block.first),
         before(sequence.before),
         after(sequence.after),
         past(greater(0, smaller(block.count, shift + PANEL - 1 - before))),
         future(greater(0, smaller(block.count, end_seen(0)))),
-        vectors(vectors_of(sequence.queries - first_query)) {
+        vectors(vectors_of(sequence.queries - first_query)),
+        mask(its_mask) {
     for (int c = 0; c < PANEL_VECTORS; c++) {
       ends[c] = STAIRS ? greater(0, smaller(block.count, end_seen((c + 1) * LANES - 1))) : block.count;
     }

@@ -32,9 +32,14 @@ struct TileRows {
   }
 };
 
-// Whether rows are all of a panel, of whole steps side by side: nothing is to be filled up.
-static inline bool fills_panel(const View& view, int64_t count, int64_t columns) {
-  return count == PANEL && columns % TILE_NUMBERS == 0 && view.column == 1;
+// A panel's rows, times `sign`, `width` numbers of each: where they are, if there is nothing to change or fill up, else
+// in `to`, [PANEL][width], with zeros after each row and after the last.
+static inline TileOperand panel_rows(const uint16_t* from, const View& view, int64_t count, int64_t columns, float sign,
+                                     uint16_t* to, int64_t width) {
+  if (sign == 1.0f && count == PANEL && columns == width && view.column == 1) return {from, view.row};
+  copy_numbers(from, view, count, columns, sign, to, width);
+  clear_numbers(to + count * width, (PANEL - count) * width);
+  return {to, width};
 }
 
 // `count` rows of key or value where they are, if tiles may be loaded from there: one after the other (a tile's rows at

@@ -67,14 +67,16 @@ struct BackwardProducts {
   template <class Format>
   void load_panel(int64_t p, const AttentionBackward& problem, const uint16_t* query, const uint16_t* grad,
                   const uint16_t* output, int64_t count, float* delta) const {
-    const TileOperand queries = panel_rows(query, problem.query, count, problem.shape.head_dim, width_);
+    const TileOperand queries = panel_rows(query, problem.query, count, problem.shape.head_dim, 1.0f, rows_, width_);
     pair_columns(queries, width_, PANEL, queries_by_columns_ + p * PANEL * width_);
     pair_rows(queries, width_, PANEL, queries_by_rows_ + p * PANEL * width_);
-    const TileOperand grads = panel_rows(grad, problem.grad_output, count, problem.shape.value_dim, value_width_);
+    const TileOperand grads =
+        panel_rows(grad, problem.grad_output, count, problem.shape.value_dim, 1.0f, rows_, value_width_);
     uint16_t* const by_columns = grads_by_columns_ + p * PANEL * value_width_;
     pair_columns(grads, value_width_, PANEL, by_columns);
     pair_rows(grads, value_width_, PANEL, grads_by_rows_ + p * PANEL * value_width_);
-    const TileOperand outputs = panel_rows(output, problem.output, count, problem.shape.value_dim, value_width_);
+    const TileOperand outputs =
+        panel_rows(output, problem.output, count, problem.shape.value_dim, 1.0f, rows_, value_width_);
     for (int64_t m = 0; m < PANEL; m += TILE_ROWS) {
       tile_product<Start::zero>(TILE_ROWS, TILE_ROWS, {outputs.data + m * outputs.row, outputs.row},
                                 {by_columns + 2 * m, 2 * PANEL}, products_, TILE_ROWS, value_width_);
@@ -156,20 +158,13 @@ struct BackwardProducts {
 
   // Zeros where the panel in `slot` left nothing, of a strip from row `first` of the block on.
   void clear_unseen(const KeyRange& seen, const KeyRange& strip, int64_t first, int64_t slot) const {
+    const int64_t begin = seen.first - strip.first, end = begin + seen.count;
+    if (begin <= 0 && strip.count <= end) return;
     for (int64_t n = 0; n < strip.count; n++) {
-      const int64_t key = strip.first + n;
-      if (seen.first <= key && key < seen.first + seen.count) continue;
+      if (begin <= n && n < end) continue;
       clear_numbers(probabilities_ + (first + n) * ROW + slot * PANEL, PANEL);
       clear_numbers(grad_scores_ + (first + n) * ROW + slot * PANEL, PANEL);
     }
-  }
-
-  // A panel's rows where they are, or, where they fill no panel and no steps, copied, and zeros after them.
-  TileOperand panel_rows(const uint16_t* from, const View& view, int64_t count, int64_t columns, int64_t width) const {
-    if (fills_panel(view, count, columns)) return {from, view.row};
-    copy_numbers(from, view, count, columns, 1.0f, rows_, width);
-    clear_numbers(rows_ + count * width, (PANEL - count) * width);
-    return {rows_, width};
   }
 };
 

@@ -25,12 +25,6 @@ struct KeepInPairs {
   }
 };
 
-// Whether any lane compares so with a number.
-template <int COMPARISON>
-static inline bool any_lane(Vector vector, float number) {
-  return _mm512_cmp_ps_mask((__m512)vector, (__m512)broadcast(number), COMPARISON) != 0;
-}
-
 struct ForwardProducts {
   static constexpr int64_t STEP = TILE_NUMBERS;  // what a panel sees of a block begins at multiples of so many keys
   // Keys whose scores are made at once, and read while they lie in the first-level cache: a tile's store takes 18
@@ -40,7 +34,7 @@ struct ForwardProducts {
   static constexpr int64_t PART = 64;
   // Probabilities may be so much larger than 1, as a power of 2, before outputs shrink for a new maximum: they are as
   // exact as smaller ones, and outputs are left alone (which measured 1.03 times as fast).
-  static constexpr float SLACK = 8.0f, LARGEST = 256.0f;  // 2^SLACK
+  static constexpr int SLACK = 8;
   BlockLoader<Transposed::values> blocks;
 
   static int64_t output_rows(int64_t value_dim) { return whole_tiles(value_dim); }
@@ -57,13 +51,8 @@ struct ForwardProducts {
   template <class Format>
   void pack_queries(int64_t p, const uint16_t* from, const View& view, int64_t count, int64_t head_dim,
                     float sign) const {
-    uint16_t* queries = queries_ + p * width_ * PANEL;
-    if (sign == 1.0f && fills_panel(view, count, head_dim)) {
-      return pair_columns({from, view.row}, width_, PANEL, queries);
-    }
-    copy_numbers(from, view, count, head_dim, sign, rows_, width_);
-    clear_numbers(rows_ + count * width_, (PANEL - count) * width_);
-    pair_columns({rows_, width_}, width_, PANEL, queries);
+    pair_columns(panel_rows(from, view, count, head_dim, sign, rows_, width_), width_, PANEL,
+                 queries_ + p * width_ * PANEL);
   }
 
   // Sᵀ[n][m] of panel p.
@@ -77,15 +66,10 @@ struct ForwardProducts {
     narrow_pairs(from, count, probabilities_ + skipped * PANEL);
   }
 
-  // Whether every query has seen a key.
-  static bool all_seen(Vector maxima) { return !any_lane<_CMP_EQ_OQ>(maxima, -INFINITE); }
-  // Whether no probability is so large that its maximum must rise, to go by sums of them.
-  static bool all_within_slack(Vector sums) { return !any_lane<_CMP_NLE_UQ>(sums, LARGEST); }
-
   // Whether a maximum has risen so far that outputs shrink, before these probabilities' values are added.
   static bool shrink_first(const float* factors) {
     bool some = false;
-    for (int64_t m = 0; m < PANEL; m += LANES) some |= any_lane<_CMP_NEQ_UQ>(load(factors + m), 1.0f);
+    for (int64_t m = 0; m < PANEL; m += LANES) some |= any(load(factors + m) != 1.0f);
     return some;
   }
 

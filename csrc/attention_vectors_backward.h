@@ -91,7 +91,7 @@ struct BackwardProducts {
                    float* grad_values) const {
     if (seen[0].count == 0) return;
     const Panel& panel = panels_[seen[0].panel];
-    const Sight sight(sequence, seen[0].first_query, seen[0]);
+    const Sight sight(sequence, seen[0].first_query, seen[0], {});
     const int64_t skipped = seen[0].first - block.first;
     const int64_t width = whole_vectors(shape.head_dim), value_width = whole_vectors(shape.value_dim);
     accumulate(grad_values + skipped * value_width, sight, probabilities, panel.grads, value_width);

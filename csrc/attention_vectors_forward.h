@@ -8,7 +8,7 @@ namespace trilby::TRILBY_LEVEL {
 struct ForwardProducts {
   static constexpr int64_t STEP = 8;      // what a panel sees of a block begins at multiples of so many keys
   static constexpr int64_t PART = BLOCK;  // keys whose scores are made at once
-  static constexpr float SLACK = 0.0f;    // outputs shrink in the product, for nothing
+  static constexpr int SLACK = 0;         // outputs shrink in the product, for nothing
   BlockLoader blocks;
 
   static int64_t output_rows(int64_t value_dim) { return value_dim; }
@@ -33,8 +33,6 @@ struct ForwardProducts {
   KeepInPlace keep(int64_t, float* scores) const { return {scores}; }
   void take_probabilities(int64_t, const float*, int64_t) const {}
 
-  static bool all_seen(Vector) { return false; }
-  static bool all_within_slack(Vector) { return false; }
   static bool shrink_first(const float*) { return false; }
   static void shrink(const float*, int64_t, float*) {}
 

@@ -65,8 +65,9 @@ void weigh(const AttentionWeights& problem, int64_t batch, int64_t first_head, i
     const KeyRange block = {first, smaller(BLOCK, shape.key_length - first)};
     for (int64_t i = 0; i < block.count * PANEL; i += LANES) store(work.sums + i, Vector{});
     for (int64_t head = first_head; head < end_head; head++) {
-      Sight sight(sequence, first_query, block);
-      sight.mask = load_mask(problem.rule, sequence, head, first_query, queries, block.first, block.count, work.mask);
+      const Sight sight(
+          sequence, first_query, block,
+          load_mask(problem.rule, sequence, head, first_query, queries, block.first, block.count, work.mask));
       if (sight.mask.hides_all) continue;
       work.products.pack_queries<Format>(0, row_of<const Element>(problem.query, batch, head, first_query),
                                          problem.query, queries, shape.head_dim, 1.0f);

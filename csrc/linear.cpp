@@ -46,27 +46,13 @@ struct Int8 {
   using Element = int8_t;
 };
 
-// LANES of them as floats. Asked for by name, as unsigned bytes are in vector.h.
-static inline Vector widened(const int8_t* from) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif defined(__AVX2__)
-  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-#elif defined(__SSE4_1__)
-  return (Vector)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_loadu_si32(from)));
-#else
-  typedef int8_t Bytes __attribute__((vector_size(LANES)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Vector);
-#endif
-}
+static inline Vector load_floats(const int8_t* from) { return __builtin_convertvector(widened(from), Vector); }
 
 // PAIR weights, or the fewer left at the end of a row, in the order of `Format`'s pairs.
 template <class Format>
 static inline Pair load_weights(const typename Format::Element* from, Whole step) {
   if constexpr (sizeof(typename Format::Element) == 1) {
-    return {widened(from), widened(from + LANES)};
+    return {load_floats(from), load_floats(from + LANES)};
   } else {
     return load_pair<Format>(from, step);
   }

@@ -57,10 +57,7 @@ static inline bool all_finite(const uint16_t* numbers, int64_t count) {
     __builtin_memcpy(&row, numbers + i, sizeof row);
     spoiled |= (Numbers)((row & 0x7f80u) == 0x7f80u);
   }
-  const Bits bits = (Bits)spoiled;
-  uint32_t any = 0;
-  for (int i = 0; i < LANES; i++) any |= bits[i];
-  return any == 0;
+  return !any((Integers)spoiled);
 }
 
 static inline Bits load_wide(const uint16_t* from) {

@@ -48,6 +48,17 @@ static inline Vector lane_numbers() {
   return lanes;
 }
 
+// Whether any lane is not 0: of a comparison, whether it holds anywhere.
+static inline bool any(Integers lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#else
+  int32_t united = 0;
+  for (int i = 0; i < LANES; i++) united |= lanes[i];
+  return united != 0;
+#endif
+}
+
 // `a` where it is the larger or a NaN of b would be lost; a NaN in `a` is dropped, as the running maximum wants.
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
@@ -170,18 +181,18 @@ static inline Bits widened(Halves halves) {
 }
 
 // LANES bytes from memory. Asked for by name: gcc 12 widens a vector of bytes element by element.
-static inline Bits widened(const uint8_t* from) {
+static inline Integers widened(const int8_t* from) {
 #if defined(__AVX512F__)
-  return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
-  return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__SSE4_1__)
-  return (Bits)_mm_cvtepu8_epi32(_mm_loadu_si32(from));
+  return (Integers)_mm_cvtepi8_epi32(_mm_loadu_si32(from));
 #else
-  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  typedef int8_t Bytes __attribute__((vector_size(LANES)));
   Bytes bytes;
   __builtin_memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Bits);
+  return __builtin_convertvector(bytes, Integers);
 #endif
 }
 
@@ -208,7 +219,7 @@ static inline Vector from_float16(Halves halves) {
 #else
   // Exponent and mantissa moved into place and multiplied by 2^112 also mends subnormals; the largest exponent is
   // inf or NaN and gets all exponent bits set.
-  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits bits = widened(halves);
   const Bits magnitude = bits & 0x7fffu;
   const Vector scaled = (Vector)(magnitude << 13) * 0x1p112f;
   const Bits special = (magnitude << 13) | 0x7f800000u;
