@@ -146,18 +146,25 @@ static CALLED void dropout_factors(const Dropout& dropout, int64_t row, int64_t 
   }
 }
 
-// Rows that are computed side by side where that pays. They share what is loaded and stored for each column: in the
-// backward of bf16 (1024, 12288), four rows take about 0.83 and two 0.87 of the time of one. AVX-512 and Arm have 32
-// registers; the sums of four rows take 16.
+// Wide rows that are computed side by side (NORM_WIDE_ROW). But no rows whose steps are less than a line: streamed in
+// turns, bf16's halves of lines took twice as long on AVX2. AVX-512 and Arm have 32 registers, which four rows forward
+// fill, and two backward.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS_AT_ONCE = 4;
+constexpr int FORWARD_ROWS_AT_ONCE = 4;
 #else
-constexpr int ROWS_AT_ONCE = 2;
+constexpr int FORWARD_ROWS_AT_ONCE = 2;
 #endif
+
+template <class Format>
+constexpr bool HAS_WHOLE_LINES = PAIR * sizeof(typename Format::Element) >= 64 && !std::is_same_v<Format, Float16>;
+template <class Format>
+constexpr int FORWARD_ROWS = HAS_WHOLE_LINES<Format> ? FORWARD_ROWS_AT_ONCE : 1;
+template <class Format>
+constexpr int BACKWARD_ROWS = HAS_WHOLE_LINES<Format> ? NORM_BACKWARD_ROWS : 1;
 
 // A thread's own memory: rows of floats, no two of which begin on the same set of a cache.
 struct RowScratch {
-  float* rows[1 + 2 * ROWS_AT_ONCE];
+  float* rows[1 + 2 * FORWARD_ROWS_AT_ONCE];
 
   RowScratch(int64_t width, int count) {
     const int64_t floats = ceiling(width, RANDOM_GROUP) * RANDOM_GROUP + 16;

@@ -138,12 +138,6 @@ CALLED void normalize_narrow(const NormForward& call, const Weights& weights, in
   }
 }
 
-// Wide rows side by side (NORM_WIDE_ROW). One by one, fp32 (64, 12288) in the cache took 1.18 times as long. But no
-// rows whose steps are less than a line: streamed in turns, bf16's halves of lines took twice as long on AVX2.
-template <class Format>
-constexpr int FORWARD_ROWS =
-    PAIR * sizeof(typename Format::Element) < 64 || std::is_same_v<Format, Float16> ? 1 : ROWS_AT_ONCE;
-
 template <class Format, bool BRANCH, Stores STORES>
 class Forward {
   using Element = typename Format::Element;

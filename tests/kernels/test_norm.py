@@ -151,6 +151,16 @@ def test_one_row_and_wide_rows(function: Function, dtype: torch.dtype, level: st
         assert_exact(function, random_call(size, size[-1:], dtype, dtype, function.biased), f"{size}")
 
 
+@each_dtype
+@needs_kernels
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("rows", [5, 129])
+def test_wide_rows_of_an_odd_number(rows: int, dtype: torch.dtype, level: str) -> None:
+    """Wide rows are computed two at a time, and chunks of rows share a sum of the weights' gradients."""
+    function = FUNCTIONS[0]
+    assert_exact(function, random_call((rows, 4160), (4160,), dtype, dtype, function.biased))
+
+
 @each_function
 @needs_kernels
 @pytest.mark.usefixtures("every_size")
