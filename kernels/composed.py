@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import attention, norm
+from . import attention
 from .attention_arguments import AttentionArguments
+from .norm_rules import COMPOSED_RMS_NORM, reasons_for_pytorch
 from .override import StandIn
 
 
@@ -69,7 +70,7 @@ class ComposedRMSNorm(NamedTuple):
     def reasons_for_pytorch(self) -> tuple[str, ...]:
         """Those of norms, and those of what is composed."""
         reasons = _reasons_of_tracing(self.input, self.weight)
-        return reasons + norm.reasons_for_pytorch(self.input, self.normalized_shape, self.weight)
+        return reasons + reasons_for_pytorch(COMPOSED_RMS_NORM, self.input, self.normalized_shape, self.weight)
 
     def compute(self) -> Tensor:
         """The normalized input."""

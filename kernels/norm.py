@@ -4,132 +4,35 @@ PyTorch's own functions are the specification: whatever trilby has no faster ker
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .norm_rules import (
+    ADD_LAYER_NORM,
+    ADD_RMS_NORM,
+    KERNEL_DTYPES,
+    LAYER_NORM,
+    RMS_NORM,
+    WITH_DROPOUT,
+    Limits,
+    reasons_for_pytorch,
+)
 from .observer import LIBRARIES, hand_over
-from .ops import reasons_against_device
 from .seed import draw_seed
-from .shortcut import reasons_of_context, short_way
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A CPU call of fewer elements is over sooner in PyTorch: entering an operator from Python costs more than it saves.
-# Measured on two threads with rows of 768, PyTorch's time over trilby's, forward (and with the backward): in float32
-# 0.86 (0.79) at 2^18, 0.90 (0.82) at 2^18.6, 1.04 (0.96) at 2^19.6; in bfloat16 0.88 (0.80) at 2^16.6, 1.37 (1.20) at
-# 2^18.2, 1.86 (1.68) at 2^19.6.
-FEWEST_ELEMENTS = {torch.float32: 2**20, torch.bfloat16: 2**18, torch.float16: 2**18}
-# With dropout: PyTorch draws its mask one element after the other, 6 ns each. With the backward, float32: 0.97 at
-# (8, 768), 1.38 at (64, 768), 2.8 at (1024, 768); bfloat16 1.01, 1.51 and 2.6.
-FEWEST_DROPPED = 2**13
-# Two registers of the widest level: the C++ kernels step along a row by as much. Rows of 16: 1.1 (0.67) in float32.
-NARROWEST_ROW = 32
-# Rows that all begin on a line of the cache can be stored past it; others, in float32, gain nothing: 0.88 (1.01) at
-# (4096, 1000).
-LINE_BYTES = 64
-WIDEST_ROW_ON_GPU = 65536  # gpu/norm.py holds a row in registers
-
-Parameter = tuple[torch.Size, torch.dtype, torch.device]
+from .shortcut import short_way
 
 _norm = short_way("norm", tensors=3)
 _add_norm = short_way("add_norm", tensors=5)
 
 
-def _is_small(input: Tensor, drops: bool = False) -> bool:
+def _is_small(input: Tensor, limits: Limits) -> bool:
     """The cheapest question first, 0.3 µs; all those of `reasons_for_pytorch` take 2, PyTorch's whole small call 4.
 
     Who watches is told all of them.
     """
-    fewest = FEWEST_DROPPED if drops else FEWEST_ELEMENTS.get(input.dtype, 0)
-    return input.numel() < fewest and input.is_cpu and not LIBRARIES
-
-
-def reasons_for_pytorch(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    drops: bool = False,
-) -> tuple[str, ...]:
-    """Every reason why a norm of `input`, after a dropout or not, is PyTorch's to compute; none: trilby computes it."""
-    if not isinstance(normalized_shape, Sequence):
-        return (f"normalized_shape is {normalized_shape!r}, not a sequence of sizes",)
-    arguments = _described(input, normalized_shape, weight, bias)
-    if torch.compiler.is_compiling():  # sizes are symbols there, and the answer a guard
-        return tuple(_reasons(*arguments, drops))
-    if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        return ("autocast, on CUDA, computes norms in float32",)
-    return reasons_of_context() + _remembered_reasons(*arguments, drops)
-
-
-def reasons_against_kernel(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[str, ...]:
-    """Every reason why no kernel of trilby's can compute a norm of `input`, of whatever size."""
-    return tuple(_reasons_against_kernel(*_described(input, normalized_shape, weight, bias)))
-
-
-def _described(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> tuple[torch.Size, torch.dtype, torch.device, tuple[int, ...], tuple[Parameter, ...]]:
-    parameters = tuple((t.shape, t.dtype, t.device) for t in (weight, bias) if t is not None)
-    return input.shape, input.dtype, input.device, tuple(normalized_shape), parameters
-
-
-def _reasons(
-    size: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    normalized_shape: tuple[int, ...],
-    parameters: tuple[Parameter, ...],
-    drops: bool,
-) -> Iterator[str]:
-    yield from _reasons_against_kernel(size, dtype, device, normalized_shape, parameters)
-    if device.type == "cpu" and dtype in KERNEL_DTYPES:
-        yield from _reasons_on_cpu(size.numel(), torch.Size(normalized_shape).numel(), dtype, drops)
-
-
-def _reasons_against_kernel(
-    size: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    normalized_shape: tuple[int, ...],
-    parameters: tuple[Parameter, ...],
-) -> Iterator[str]:
-    if dtype not in KERNEL_DTYPES:
-        yield f"input's dtype is {dtype}, not float32, bfloat16 or float16"
-    yield from reasons_against_device(device)
-    if not normalized_shape or size[-len(normalized_shape) :] != normalized_shape:
-        yield f"normalized_shape is {list(normalized_shape)}, and input {list(size)}"
-    if size.numel() == 0:
-        yield "input is empty"
-    for parameter_size, parameter_dtype, parameter_device in parameters:
-        if parameter_size != normalized_shape:
-            yield f"weight or bias is {list(parameter_size)}, and normalized_shape {list(normalized_shape)}"
-        if parameter_dtype not in (dtype, torch.float32) or parameter_dtype != parameters[0][1]:
-            yield f"weight or bias is {parameter_dtype}, and input {dtype}"
-        if parameter_device != device:
-            yield "weight or bias is on another device than input"
-    width = torch.Size(normalized_shape).numel()
-    if device.type == "cuda" and width > WIDEST_ROW_ON_GPU:
-        yield f"a row has {width} elements, more than {WIDEST_ROW_ON_GPU}"
-
-
-def _reasons_on_cpu(elements: int, width: int, dtype: torch.dtype, drops: bool) -> Iterator[str]:
-    fewest = FEWEST_DROPPED if drops else FEWEST_ELEMENTS[dtype]
-    if elements < fewest:
-        yield f"input has {elements} elements, fewer than {fewest}"
-    if width < NARROWEST_ROW:
-        yield f"a row has {width} elements, fewer than {NARROWEST_ROW}"
-    if dtype == torch.float32 and width * dtype.itemsize % LINE_BYTES and not drops:
-        yield f"a row has {width * dtype.itemsize} bytes, no multiple of {LINE_BYTES}"
-
-
-@lru_cache(4096)
-def _remembered_reasons(*arguments: object) -> tuple[str, ...]:
-    return tuple(_reasons(*arguments))  # type: ignore[arg-type]
+    return input.numel() < limits.fewest.get(input.dtype, 0) and input.is_cpu and not LIBRARIES
 
 
 def layer_norm(
@@ -157,10 +60,10 @@ def layer_norm(
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    if _is_small(input):
+    if _is_small(input, LAYER_NORM):
         # On a CPU there is no cuDNN to enable, and to look that up costs as much as the question above.
         return torch.layer_norm(input, normalized_shape, weight, bias, eps, False)
-    if reasons := reasons_for_pytorch(input, normalized_shape, weight, bias):
+    if reasons := reasons_for_pytorch(LAYER_NORM, input, normalized_shape, weight, bias):
         return hand_over(
             reasons,
             lambda: torch.layer_norm(input, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled),
@@ -195,9 +98,9 @@ def rms_norm(
     Raises:
         RuntimeError: Whatever PyTorch's function raises, for what PyTorch's function refuses.
     """
-    if _is_small(input):
+    if _is_small(input, RMS_NORM):
         return torch.rms_norm(input, normalized_shape, weight, eps)
-    if reasons := reasons_for_pytorch(input, normalized_shape, weight):
+    if reasons := reasons_for_pytorch(RMS_NORM, input, normalized_shape, weight):
         return hand_over(reasons, lambda: torch.rms_norm(input, normalized_shape, weight, eps))
     eps = _rms_eps(eps, input.dtype)
     normalized: Tensor = _norm(input, weight, None, len(normalized_shape), False, eps)[0]
@@ -251,13 +154,14 @@ def add_layer_norm(
         ValueError: If dropout_p is not a probability.
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
-    if _is_small(stream, dropout_p > 0):  # before any other question, or it is slower than two calls: 0.8 at (8, 32)
+    limits = WITH_DROPOUT if dropout_p > 0 else ADD_LAYER_NORM
+    if _is_small(stream, limits):  # before any other question, or it is slower than two calls: 0.8 at (8, 32)
         summed = stream + branch if not dropout_p else _pytorchs_sum(stream, branch, dropout_p)
         return torch.layer_norm(summed, normalized_shape, weight, bias, eps, False), summed
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return layer_norm(summed, normalized_shape, weight, bias, eps), summed
-    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, bias, dropout_p > 0):
+    if reasons := reasons_for_pytorch(limits, stream, normalized_shape, weight, bias):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return hand_over(
             reasons,
@@ -296,13 +200,14 @@ def add_rms_norm(
         ValueError: If dropout_p is not a probability.
         RuntimeError: Whatever PyTorch's functions raise, for what they refuse.
     """
-    if _is_small(stream, dropout_p > 0):
+    limits = WITH_DROPOUT if dropout_p > 0 else ADD_RMS_NORM
+    if _is_small(stream, limits):
         summed = stream + branch if not dropout_p else _pytorchs_sum(stream, branch, dropout_p)
         return torch.rms_norm(summed, normalized_shape, weight, eps), summed
     if any(_reasons_to_add_first(stream, branch)):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return rms_norm(summed, normalized_shape, weight, eps), summed
-    if reasons := reasons_for_pytorch(stream, normalized_shape, weight, None, dropout_p > 0):
+    if reasons := reasons_for_pytorch(limits, stream, normalized_shape, weight):
         summed = _pytorchs_sum(stream, branch, dropout_p)
         return hand_over(reasons, lambda: torch.rms_norm(summed, normalized_shape, weight, eps)), summed
     eps = _rms_eps(eps, stream.dtype)

@@ -22,7 +22,7 @@ from torch.nn import attention as pytorch_attention
 from . import attention_rules as rules
 from . import composed, provider_on_gpu
 from .native import REBUILD
-from .norm import reasons_against_kernel
+from .norm_rules import reasons_against_kernel
 from .ops import NATIVE
 from .override import Override, StandIn, has_kernel_of_its_own, release_all, stand_in
 

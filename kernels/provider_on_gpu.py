@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention_rules, norm
+from . import attention_rules, norm_rules
 from .attention_arguments import AttentionArguments
 from .options import AttentionOptions
 from .override import StandIn
@@ -166,7 +166,7 @@ def _reasons_against_layer_norm(
     """Those of norms; and PyTorch's kernel refuses parameters of another dtype than input's."""
     others = {str(p.dtype) for p in (weight, bias) if p is not None and p.dtype != input.dtype}
     reasons = tuple(f"weight or bias is {dtype}, and input {input.dtype}" for dtype in sorted(others))
-    return reasons + norm.reasons_against_kernel(input, normalized_shape, weight, bias)
+    return reasons + norm_rules.reasons_against_kernel(input, normalized_shape, weight, bias)
 
 
 class LayerNorm(NamedTuple):

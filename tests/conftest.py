@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trilby.kernels import composed, norm, norm_rules
 from trilby.kernels.ops import NATIVE
 
 # Run from the repository, `kernels` would be our folder to transformers, which looks for a package of that name.
@@ -22,6 +23,19 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     NATIVE.use_level(request.param)
     yield request.param
     NATIVE.use_level(before)
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends norms to trilby's kernels that PyTorch would be faster for."""
+
+    def at_least(narrowest: int) -> norm_rules.Limits:
+        return norm_rules.Limits(dict.fromkeys(norm_rules.KERNEL_DTYPES, 1), narrowest)
+
+    for limits in ("LAYER_NORM", "RMS_NORM", "ADD_LAYER_NORM", "ADD_RMS_NORM", "WITH_DROPOUT"):
+        monkeypatch.setattr(norm, limits, at_least(1))
+    # Of rows of one element, PyTorch rounds the gradient its own way.
+    monkeypatch.setattr(composed, "COMPOSED_RMS_NORM", at_least(2))
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """What the tests of the reference GPT share: a small text, a small model, and the text of the seeds if it is here."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from trilby.gpt import CharTokenizer, GPTConfig, Split, default_text, split
-from trilby.kernels import norm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,13 +26,9 @@ def config() -> GPTConfig:
 
 
 @pytest.fixture
-def wide(monkeypatch) -> Iterator[GPTConfig]:
+def wide(every_size) -> GPTConfig:
     """A model whose attention, in a batch of 8, is trilby's, and its norms too: however few their elements are."""
-    monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
-    monkeypatch.setattr(norm, "FEWEST_DROPPED", 1)
-    norm._remembered_reasons.cache_clear()
-    yield GPTConfig(block_size=64, vocab_size=29, n_layer=2, n_head=4, n_embd=64)
-    norm._remembered_reasons.cache_clear()
+    return GPTConfig(block_size=64, vocab_size=29, n_layer=2, n_head=4, n_embd=64)
 
 
 @pytest.fixture

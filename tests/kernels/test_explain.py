@@ -142,7 +142,7 @@ def test_every_reason_is_named():
 
 def test_the_reasons_of_the_explicit_functions_are_their_own():
     (found,) = explain(layer_norm, torch.randn(4, 64), (64,))
-    assert found.reasons == ("input has 256 elements, fewer than 1048576",)
+    assert found.reasons == ("input has 256 elements, fewer than 786432",)
     (found,) = explain(rms_norm, torch.randn(4, 10, dtype=torch.float64), (10,))
     assert found.reasons == ("input's dtype is torch.float64, not float32, bfloat16 or float16",)
     (found,) = explain(scaled_dot_product_attention, *attention_inputs(), is_causal=True)

@@ -1,6 +1,6 @@
 """`layer_norm`, `rms_norm` and their residual forms are PyTorch's functions: results, gradients, errors, modules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -8,23 +8,11 @@ import torch
 from tolerance import assert_as_exact_as
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trilby.kernels import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, norm, rms_norm
+from trilby.kernels import LayerNorm, RMSNorm, add_layer_norm, add_rms_norm, layer_norm, norm_rules, rms_norm
 from trilby.kernels.ops import NATIVE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.reason or "loaded")
-
-
-@pytest.fixture
-def every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sends calls to trilby's kernels that PyTorch would be faster for."""
-    monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(DTYPES, 0))
-    monkeypatch.setattr(norm, "FEWEST_DROPPED", 1)
-    monkeypatch.setattr(norm, "NARROWEST_ROW", 0)
-    monkeypatch.setattr(norm, "LINE_BYTES", 1)
-    norm._remembered_reasons.cache_clear()
-    yield
-    norm._remembered_reasons.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -381,21 +369,36 @@ def test_what_pytorch_refuses_is_refused_with_its_words(arguments: tuple[object,
     assert messages[0] == messages[1]
 
 
-def test_small_narrow_and_foreign_calls_are_pytorchs() -> None:
-    def reasons(rows: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-        return norm.reasons_for_pytorch(torch.empty(rows, width, dtype=dtype), (width,))
+def reasons(limits: norm_rules.Limits, rows: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    return norm_rules.reasons_for_pytorch(limits, torch.empty(rows, width, dtype=dtype), (width,))
 
-    assert any("elements, fewer than 1048576" in reason for reason in reasons(16, 768))
-    assert any("fewer than 32" in reason for reason in reasons(2**18, 8))
-    assert any("no multiple of 64" in reason for reason in reasons(2**12, 1000))
-    assert any("float64" in reason for reason in reasons(2**12, 768, torch.float64))
+
+def test_small_narrow_and_foreign_calls_are_pytorchs() -> None:
+    layer = norm_rules.LAYER_NORM
+    assert any("elements, fewer than 786432" in reason for reason in reasons(layer, 1023, 768))
+    assert any("fewer than 8" in reason for reason in reasons(layer, 2**18, 7))
+    assert any("no multiple of 64" in reason for reason in reasons(layer, 2**10, 1000))
+    assert any("float64" in reason for reason in reasons(layer, 2**12, 768, torch.float64))
     if NATIVE.loaded:
-        assert reasons(2**12, 768) == ()
-        assert reasons(2**12, 1000, torch.bfloat16) == ()
+        assert reasons(layer, 2**10, 768) == ()
+        assert reasons(layer, 2**12, 1000) == ()
+        assert reasons(layer, 2**10, 1000, torch.bfloat16) == ()
+
+
+def test_what_pytorch_does_in_several_steps_is_trilbys_sooner() -> None:
+    """The more PyTorch's functions pass over memory, the smaller the calls that a kernel is worth entering for."""
+    steps = (norm_rules.LAYER_NORM, norm_rules.ADD_LAYER_NORM, norm_rules.ADD_RMS_NORM, norm_rules.RMS_NORM)
+    for dtype in DTYPES:
+        fewest = [limits.fewest[dtype] for limits in steps]
+        assert fewest == sorted(fewest, reverse=True)
+        for limits, least in zip(steps, fewest):
+            assert any(f"fewer than {least}" in reason for reason in reasons(limits, least // 256 - 1, 256, dtype))
+            if NATIVE.loaded:
+                assert reasons(limits, least // 256, 256, dtype) == ()
 
 
 def test_small_calls_are_pytorchs_to_the_bit() -> None:
-    x, weight, bias = torch.randn(16, 768), torch.randn(768), torch.randn(768)
+    x, weight, bias = torch.randn(5, 768), torch.randn(768), torch.randn(768)
     assert torch.equal(layer_norm(x, (768,), weight, bias), F.layer_norm(x, (768,), weight, bias))
     assert torch.equal(rms_norm(x, (768,), weight), F.rms_norm(x, (768,), weight))
     normalized, summed = add_layer_norm(x, x, (768,), weight, bias)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from trilby.kernels import add_layer_norm, add_rms_norm, norm, reference
+from trilby.kernels import add_layer_norm, add_rms_norm, norm_rules, reference
 from trilby.kernels.ops import NATIVE
 
 needs_kernels = pytest.mark.skipif(not NATIVE.loaded, reason=NATIVE.reason or "loaded")
@@ -142,7 +142,7 @@ def test_a_branch_in_half_precision_is_added_to_a_wider_stream(
 
 def test_fewer_elements_are_worth_a_kernel_where_a_mask_is_drawn() -> None:
     def reasons(rows: int, width: int) -> tuple[str, ...]:
-        return norm.reasons_for_pytorch(torch.empty(rows, width), (width,), drops=True)
+        return norm_rules.reasons_for_pytorch(norm_rules.WITH_DROPOUT, torch.empty(rows, width), (width,))
 
     assert any("elements, fewer than 8192" in reason for reason in reasons(8, 768))
     assert any("fewer than 32" in reason for reason in reasons(2**12, 8))

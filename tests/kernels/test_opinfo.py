@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from torch import Tensor
-from trilby.kernels import activated, attention_rules, explain, norm
+from trilby.kernels import activated, attention_rules, explain
 from trilby.kernels.ops import NATIVE
 
 pytestmark = [
@@ -37,16 +37,13 @@ def opinfos() -> dict[str, object]:
 
 
 @pytest.fixture
-def any_size(monkeypatch) -> Iterator[None]:
+def any_size(every_size, monkeypatch) -> Iterator[None]:
     """No call is too small for trilby."""
     for limit in ("FEWEST_QUERIES", "FEWEST_MULTIPLICATIONS", "FEWEST_MASKED_MULTIPLICATIONS"):
         monkeypatch.setattr(attention_rules, limit, 1)
     monkeypatch.setattr(attention_rules, "MOST_DECODED", 0)
     monkeypatch.setattr(attention_rules, "FEWEST_IN_PLACE", dict.fromkeys(attention_rules.FEWEST_IN_PLACE, (1, 1)))
-    monkeypatch.setattr(norm, "FEWEST_ELEMENTS", dict.fromkeys(norm.FEWEST_ELEMENTS, 1))
-    monkeypatch.setattr(norm, "NARROWEST_ROW", 2)  # of one, PyTorch rounds the gradient its own way
-    monkeypatch.setattr(norm, "LINE_BYTES", 1)
-    remembered = attention_rules._remembered_reasons, attention_rules.is_trilbys_inference, norm._remembered_reasons
+    remembered = attention_rules._remembered_reasons, attention_rules.is_trilbys_inference
     for rule in remembered:
         rule.cache_clear()
     yield
