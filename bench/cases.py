@@ -171,6 +171,7 @@ NORM_CASES = (
     *(NormCase(size.N, size.C, size.why, add, size.quick) for add in (False, True) for size in _NORM_SIZES),
     NormCase(8192, 768, "what models after GPT-2 have in place of layer norm", quick=True, is_centered=False),
     NormCase(8192, 768, "the same after the residual add", add=True, quick=True, is_centered=False),
+    NormCase(512, 768, "one short text: PyTorch composes an RMS norm of several operators", is_centered=False),
 )
 
 # 16,384 positions of a model 2048 wide, as flash-attention's charts have them, so that numbers can be set beside them.
