@@ -170,6 +170,7 @@ class Backward {
     }
   }
 
+  // Rows r … stop - 1, ROWS side by side.
   template <int ROWS>
   void run(int64_t r, int64_t stop) const {
     if (r == stop) return;
