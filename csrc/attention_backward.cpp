@@ -81,8 +81,6 @@ struct Head {
   int64_t query_head, key_head;
 };
 
-void clear(float* floats, int64_t count) { __builtin_memset(floats, 0, static_cast<size_t>(count) * sizeof(float)); }
-
 template <class Format>
 void load_panel(const AttentionBackward& problem, const Head& head, int64_t first_query, const Workspace& work,
                 Panel& panel) {

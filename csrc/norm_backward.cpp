@@ -22,8 +22,6 @@ namespace trilby::TRILBY_LEVEL {
 
 namespace {
 
-void clear(float* floats, int64_t count) { __builtin_memset(floats, 0, static_cast<size_t>(count) * sizeof(float)); }
-
 // Means of g and of g · d over a row.
 struct Means {
   float g, gd;
@@ -86,6 +84,24 @@ struct FirstPass {
   }
 };
 
+Means means_of(const NormBackward& call, const Pair& sum_g, const Pair& sum_gd) {
+  const float count = static_cast<float>(call.shape.width);
+  Means means = {total(sum_g) / count, total(sum_gd) / count};
+  if (!call.shape.centered) means.g = 0.0f;
+  return means;
+}
+
+// The first pass along row r alone.
+template <class Format>
+CALLED Means first_pass(const NormBackward& call, const float* weight, const WeightGradients& sums, int64_t r) {
+  const FirstPass<Format, false, Stores::cached, 1> pass(call, r, r + 1, sums);
+  Pair sums_g[1] = {{Vector{}, Vector{}}}, sums_gd[1] = {{Vector{}, Vector{}}};
+  walk(call.shape.width, [=, &sums_g, &sums_gd](int64_t column, auto step, int) __attribute__((always_inline)) {
+    pass.take(column, step, load_pair<Float32>(weight + column, step), sums_g, sums_gd);
+  });
+  return means_of(call, sums_g[0], sums_gd[0]);
+}
+
 // The second pass along them, whose means are known: the gradients of their elements.
 template <class Format, bool MORE, Stores STORES, int ROWS>
 struct SecondPass {
@@ -97,7 +113,6 @@ struct SecondPass {
   const float* factors[ROWS];
   bool drops;
 
-  SecondPass() = default;
   SecondPass(const NormBackward& call, int64_t r, const Means* means, const RowScratch& scratch)
       : drops(call.grad_branch) {
     const int64_t width = call.shape.width;
@@ -147,26 +162,21 @@ class Backward {
     return {sums, sums + width};
   }
 
-  // The first pass along rows r, r + 1, … (FIRST), and the second along as many rows above them (SECOND).
-  template <int ROWS, bool FIRST, bool SECOND>
+  // The second pass along rows r - ROWS, …, and, with FIRST, the first along as many below them.
+  template <int ROWS, bool FIRST>
   CALLED void pass(int64_t r, const Means* above, Means* means) const {
+    const SecondPass<Format, MORE, STORES, ROWS> second(call, r - ROWS, above, scratch);
     FirstPass<Format, MORE, STORES, ROWS> first;
-    SecondPass<Format, MORE, STORES, ROWS> second;
     Pair sums_g[ROWS], sums_gd[ROWS];
     if constexpr (FIRST) first = {call, r, end, sums_of(r)};
-    if constexpr (SECOND) second = {call, r - ROWS, above, scratch};
     for (int i = 0; i < ROWS; i++) sums_g[i] = sums_gd[i] = {Vector{}, Vector{}};  // not {}: see norm_forward.cpp
     walk(width, [=, weight = weight, &sums_g, &sums_gd](int64_t column, auto step, int) __attribute__((always_inline)) {
       const Pair scale = load_pair<Float32>(weight + column, step);  // 0 past the row's end
       if constexpr (FIRST) first.take(column, step, scale, sums_g, sums_gd);
-      if constexpr (SECOND) second.take(column, step, scale);
+      second.take(column, step, scale);
     });
     if constexpr (FIRST) {
-      const float count = static_cast<float>(width);
-      for (int i = 0; i < ROWS; i++) {
-        means[i] = {total(sums_g[i]) / count, total(sums_gd[i]) / count};
-        if (!call.shape.centered) means[i].g = 0.0f;
-      }
+      for (int i = 0; i < ROWS; i++) means[i] = means_of(call, sums_g[i], sums_gd[i]);
     }
   }
 
@@ -176,9 +186,9 @@ class Backward {
     if (r == stop) return;
     Means means[2][ROWS];
     int now = 0;
-    for (int i = 0; i < ROWS; i++, r++) pass<1, true, false>(r, nullptr, &means[now][i]);
-    for (; r < stop; r += ROWS, now = 1 - now) pass<ROWS, true, true>(r, means[now], means[1 - now]);
-    for (int i = 0; i < ROWS; i++) pass<1, false, true>(stop - ROWS + i + 1, &means[now][i], nullptr);
+    for (int i = 0; i < ROWS; i++, r++) means[now][i] = first_pass<Format>(call, weight, sums_of(r), r);
+    for (; r < stop; r += ROWS, now = 1 - now) pass<ROWS, true>(r, means[now], means[1 - now]);
+    for (int i = 0; i < ROWS; i++) pass<1, false>(stop - ROWS + i + 1, &means[now][i], nullptr);
   }
 
  public:

@@ -39,6 +39,10 @@ static inline Vector load(const float* from) {
 
 static inline void store(float* to, Vector vector) { __builtin_memcpy(to, &vector, sizeof vector); }
 
+static inline void clear(float* floats, int64_t count) {
+  __builtin_memset(floats, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
 // x - 0 is x for every x, so that the compiler drops the subtraction; 0 + x is not (x = -0), and it cannot.
 static inline Vector broadcast(float value) { return value - Vector{}; }
 
